@@ -1,0 +1,41 @@
+"""Every operation in plain torch: short, obvious, without tricks. Imports nothing of the kernels.
+
+This is the specification the Triton kernels are tested against, and what runs on a CPU.
+"""
+
+from .absmax import absmax
+from .adc import adc, pack_bits, unpack_bits
+from .dac import dac
+from .input_range import extrema, input_range_grad, input_range_update, input_range_update_fast
+from .matmul import matmul
+from .matmul_dgrad import matmul_dgrad
+from .matmul_wgrad import matmul_wgrad
+from .noise import noise
+from .slicing import num_slices, slice_widths, split_sizes
+from .std import merge_moments, moments, std, std_of
+from .weight import weight, weight_grad
+
+__all__ = [
+    "absmax",
+    "adc",
+    "dac",
+    "extrema",
+    "input_range_grad",
+    "input_range_update",
+    "input_range_update_fast",
+    "matmul",
+    "matmul_dgrad",
+    "matmul_wgrad",
+    "merge_moments",
+    "moments",
+    "noise",
+    "num_slices",
+    "pack_bits",
+    "slice_widths",
+    "split_sizes",
+    "std",
+    "std_of",
+    "unpack_bits",
+    "weight",
+    "weight_grad",
+]

@@ -1,0 +1,65 @@
+"""The analog matrix product, slice by slice (SEMANTICS 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .adc import convert, pack_bits
+from .dac import dac_slice
+from .grid import half_steps, range_of, wide, without_autocast
+from .noise import OUTPUT_STREAM, noise
+from .slicing import iter_slices
+
+
+@without_autocast
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_range: Tensor | None,
+    slices: int,
+    *,
+    inp_res: float = -1.0,
+    out_noise: float = 0.0,
+    noise_wmax: Tensor | None = None,
+    out_bound: float = 0.0,
+    bound_wmax: Tensor | None = None,
+    out_res: float = -1.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``y [M, N]`` in the dtype of ``x`` and the packed saturation mask ``[S, M, ceil(N / 8)]`` (``S = 0`` without a bound).
+
+    ``x [M, K]``, ``weight [N, K]`` as the tiles hold it, ``bias [N]``, ``input_range [S]`` or ``[S, M]``, and the
+    ``wmax`` that scale noise and bound: ``[S, N]`` or ``[S, 1]``.
+    """
+    M, N = x.shape[0], weight.shape[0]
+    out = wide(x).new_zeros(M, N)
+    variance = out.new_zeros(1, 1)
+    masks = []
+    sigma = out_noise / slices**0.5
+    for s, (x_s, w_s) in enumerate(zip(iter_slices(x, slices), iter_slices(weight, slices), strict=True)):
+        operand, unit = wide(x_s), 1.0
+        if input_range is not None:
+            r = range_of(input_range, s)
+            operand, unit = dac_slice(operand, r, half_steps(inp_res))
+        y_s = (operand @ wide(w_s).T) * unit
+        if out_noise > 0:
+            assert noise_wmax is not None and seed is not None
+            sigma_s = sigma * r * wide(noise_wmax[s])
+            if out_bound > 0:
+                y_s = y_s + sigma_s * noise(seed, M, N, stream=OUTPUT_STREAM, plane=s)
+            else:
+                variance = variance + sigma_s**2
+        if out_bound > 0:
+            assert bound_wmax is not None
+            y_s, saturated = convert(y_s, out_bound * r * wide(bound_wmax[s]), half_steps(out_res))
+            masks.append(pack_bits(saturated))
+        out += y_s
+    if out_noise > 0 and not out_bound > 0:
+        assert seed is not None
+        out += variance.sqrt() * noise(seed, M, N, stream=OUTPUT_STREAM)
+    if bias is not None:
+        out += wide(bias)
+    mask = torch.stack(masks) if masks else torch.empty(0, M, -(-N // 8), dtype=torch.uint8, device=x.device)
+    return out.to(x.dtype), mask

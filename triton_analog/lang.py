@@ -1,0 +1,133 @@
+"""Small device functions the kernels share. They take values, not pointers, and mirror ``reference`` formula by formula."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+TINY = tl.constexpr(2.0**-100)
+WEIGHT_STREAM = tl.constexpr(0)
+OUTPUT_STREAM = tl.constexpr(1)
+
+# How an input range is given: none, one number per slice, or one per slice and row.
+NO_RANGE = tl.constexpr(0)
+STATIC_RANGE = tl.constexpr(1)
+DYNAMIC_RANGE = tl.constexpr(2)
+
+
+@triton.jit
+def slice_bounds(s, K, S):
+    """First column and width of slice ``s`` when ``K`` columns are cut into ``S``."""
+    base = K // S
+    extra = K % S
+    return s * base + tl.minimum(s, extra), base + (s < extra).to(tl.int32)
+
+
+@triton.jit
+def slice_of(k, K, S):
+    """The slice that holds column ``k``, elementwise."""
+    base = K // S
+    extra = K % S
+    border = extra * (base + 1)
+    return tl.where(k < border, k // (base + 1), extra + (k - border) // base)
+
+
+@triton.jit
+def clamp(v, bound):
+    """``v`` within ``+-bound``; NaN stays NaN, as in torch."""
+    bound = tl.zeros_like(v) + bound
+    return tl.clamp(v, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def round_even(v):
+    """Round half to even for ``|v| < 2**22``, by two full-rate additions."""
+    magic = 12582912.0  # 1.5 * 2**23: one unit in the last place is 1
+    return (v + magic) - magic
+
+
+@triton.jit
+def steps_per_unit(bound, q_max):
+    """``q_max / bound``, correctly rounded; 0 for a zero bound, NaN for NaN."""
+    return tl.where(bound < TINY, 0.0, tl.div_rn(q_max + tl.zeros_like(bound), bound))
+
+
+@triton.jit
+def to_steps(v, bound, q_max):
+    """``v`` as an integer number of steps in ``-q_max .. q_max`` (clamped, then rounded: the DAC and weight rule)."""
+    return round_even(clamp(v * steps_per_unit(bound, q_max), q_max))
+
+
+@triton.jit
+def convert(v, bound, q_max, QUANTIZE: tl.constexpr):
+    """The ADC: ``v`` rounded (if ``QUANTIZE``), then clamped to ``bound``; and where the clamp acted."""
+    if QUANTIZE:
+        q = round_even(clamp(v * steps_per_unit(bound, q_max), q_max + 1))
+        return clamp(q, q_max) * tl.div_rn(bound, q_max + tl.zeros_like(bound)), (tl.abs(q) <= q_max) == 0
+    return clamp(v, bound), (tl.abs(v) <= bound) == 0
+
+
+@triton.jit
+def pack_bits(flags, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``flags [ROWS, COLS]`` as bytes ``[ROWS, COLS / 8]``; column ``n`` is bit ``n % 8`` of byte ``n // 8``."""
+    bits = flags.to(tl.int32).reshape(ROWS, COLS // 8, 8) << tl.arange(0, 8)[None, None, :]
+    return tl.sum(bits, axis=2).to(tl.uint8)
+
+
+@triton.jit
+def cast(v, DTYPE: tl.constexpr):
+    """fp32 ``v`` rounded to the nearest even value of ``DTYPE``. The interpreter would truncate to bf16."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = v.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        v = tl.where(v == v, rounded, v)
+    return v.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in fp32. The interpreter keeps bf16 as raw integers, so there the rounded values are widened first."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def box_muller(w0, w1):
+    """Two standard normals from two uint32 tensors: radius from the first word, angle from the second.
+
+    The top bit of ``w1`` is a sign, the next swaps the axes, the other thirty are the angle within a quarter turn, so that
+    two short polynomials give sine and cosine to fp32 rounding without a range reduction.
+    """
+    u = w0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2**-32, 2**-33: (0, 1]
+    radius = tl.sqrt_rn(-2.0 * tl.log(u))
+    f = (w1 << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    t = f * f
+    sine = (((-0.004602149 * t + 0.07968022) * t - 0.6459635) * t + 1.5707963) * f
+    cosine = (((0.00090362807 * t - 0.02086007) * t + 0.2536692) * t - 1.2337005) * t + 1.0
+    big = tl.where(w1 >= 0x80000000, -radius, radius) * cosine
+    small = radius * sine
+    swap = (w1 & 0x40000000) != 0
+    return tl.where(swap, small, big), tl.where(swap, big, small)
+
+
+@triton.jit
+def normal_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Standard normals for the logical elements from ``(row, col)`` on; ``col`` and ``COLS`` are multiples of 16.
+
+    One counter ``(column group, row, plane, stream)`` gives the four columns of a row that one thread of a tensor core's
+    accumulator holds, so the reordering at the end only renames registers. Column and row enter the first two rounds
+    separately, which leaves those rounds one-dimensional.
+    """
+    key = seed.to(tl.uint64, bitcast=True)
+    c0 = (col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
+    c1 = (row + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
+    c2 = (tl.zeros((1, 1), tl.int32) + plane).to(tl.uint32)
+    c3 = tl.full((1, 1), STREAM, tl.uint32)
+    k0 = (key & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox_impl(c0, c1, c2, c3, k0, k1)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    z = tl.join(tl.join(z0, z1), tl.join(z2, z3)).reshape(ROWS, COLS // 16, 4, 2, 2)
+    return z.permute(0, 1, 4, 2, 3).reshape(ROWS, COLS)

@@ -1,0 +1,99 @@
+"""Where an operation runs, and the one way to start a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+Backend = Literal["kernel", "reference"]
+
+_forced: Backend | None = None
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Run every operation inside the ``with`` block through ``"kernel"`` or ``"reference"``, whatever its device.
+
+    For tests and debugging: kernels on CPU tensors need ``TRITON_INTERPRET=1`` (set before the import) or Triton-CPU.
+    Not thread safe.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _forced
+    if name not in ("kernel", "reference"):
+        raise ValueError(f"backend: got {name!r}; allowed are 'kernel' and 'reference'")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@cache
+def _has_triton_cpu() -> bool:
+    """Only Triton-CPU ships a CPU backend; asking for the driver elsewhere could initialise a GPU."""
+    return "cpu" in triton.backends.backends
+
+
+def _triton_runs_on_cpu() -> bool:
+    return _has_triton_cpu() and driver.active.get_current_target().backend == "cpu"
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether an operation on ``x`` runs its Triton kernel (otherwise: the reference).
+
+    fp64 always runs the reference, which keeps full precision. GPU tensors run kernels. CPU tensors do under the
+    interpreter (``TRITON_INTERPRET=1``) or when Triton's active driver is a CPU. An empty tensor has nothing to launch.
+    """
+    if x.dtype == torch.float64 or x.numel() == 0:
+        return False
+    if _forced is not None:
+        return _forced == "kernel"
+    return x.device.type != "cpu" or bool(knobs.runtime.interpret) or _triton_runs_on_cpu()
+
+
+def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+
+
+_recorder: Callable[..., None] | None = None
+
+
+@contextmanager
+def recording(record: Callable[..., None]) -> Iterator[None]:
+    """Hand every launch to ``record(kernel, args, options)`` instead of starting it; for compilation without a device."""
+    global _recorder
+    previous, _recorder = _recorder, record
+    try:
+        yield
+    finally:
+        _recorder = previous
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    """Start ``kernel[grid](*args, **options)`` on ``device``. Multiply-add fusion is on by name, whatever Triton's default."""
+    if _recorder is not None:
+        _recorder(kernel, args, options)
+    else:
+        with _device_guard(device):
+            kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def input_precision() -> str:
+    """Precision of fp32 dots, following ``torch.set_float32_matmul_precision``."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def block(size: int, largest: int, smallest: int = 16) -> int:
+    """The power of two that covers ``size``, within ``smallest .. largest``: a block no larger than its tensor needs."""
+    return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))

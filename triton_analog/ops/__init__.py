@@ -1,0 +1,30 @@
+"""The operations: Triton kernels usable on their own, each a ``torch.library`` operator with a reference beside it."""
+
+from triton_analog.ops.absmax import absmax
+from triton_analog.ops.adc import adc
+from triton_analog.ops.dac import dac
+from triton_analog.ops.input_range import extrema, input_range_grad, input_range_update, input_range_update_fast
+from triton_analog.ops.matmul import matmul
+from triton_analog.ops.matmul_dgrad import matmul_dgrad
+from triton_analog.ops.matmul_wgrad import matmul_wgrad
+from triton_analog.ops.noise import noise
+from triton_analog.ops.std import moments, std
+from triton_analog.ops.weight import weight, weight_grad
+
+__all__ = [
+    "absmax",
+    "adc",
+    "dac",
+    "extrema",
+    "input_range_grad",
+    "input_range_update",
+    "input_range_update_fast",
+    "matmul",
+    "matmul_dgrad",
+    "matmul_wgrad",
+    "moments",
+    "noise",
+    "std",
+    "weight",
+    "weight_grad",
+]

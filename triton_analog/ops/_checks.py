@@ -1,0 +1,175 @@
+"""What every operation checks before it runs: each error names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KINDS = ("none", "per_tensor", "per_channel")
+MAX_STEPS = 2**22
+"""Rounding by magic-number addition is exact below this many steps."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def shape_of(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def matrix(name: str, x: Tensor, columns: int | None = None) -> None:
+    """``x`` is a floating-point matrix (with ``columns`` columns)."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {x.dtype}; allowed are float32, bfloat16, float16 and float64")
+    require(x.ndim == 2, f"{name}: got shape {shape_of(x)}; a matrix is needed, flatten leading dimensions with reshape")
+    if columns is not None:
+        require(x.shape[1] == columns, f"{name}: got shape {shape_of(x)}; {columns} columns are needed")
+
+
+def together(reference_name: str, reference: Tensor, dtype: bool = False, **others: Tensor | None) -> None:
+    """All ``others`` are on the device (and, with ``dtype``, of the dtype) of ``reference``."""
+    for name, other in others.items():
+        if other is None:
+            continue
+        require(
+            other.device == reference.device,
+            f"{name}: on {other.device}, but {reference_name} is on {reference.device}; move both to one device",
+        )
+        if dtype and other.dtype != reference.dtype:
+            raise TypeError(
+                f"{name}: dtype {other.dtype}, but {reference_name} is {reference.dtype}; cast one of them "
+                f"(or use torch.autocast with functional.analog_linear)"
+            )
+
+
+def slice_count(features: int, slices: int) -> None:
+    require(
+        1 <= slices <= features,
+        f"slices: got {slices} for {features} input features; allowed are 1 to the number of features",
+    )
+
+
+def static_range(input_range: Tensor, slices: int) -> None:
+    require(
+        shape_of(input_range) == (slices,),
+        f"input_range: got shape {shape_of(input_range)}; one range per slice is needed, ({slices},)",
+    )
+
+
+def range_kind(input_range: Tensor | None, slices: int, rows: int) -> None:
+    """None, static ``[S]`` or dynamic ``[S, M]``."""
+    if input_range is None or (input_range.ndim == 2 and shape_of(input_range) == (slices, rows)):
+        return
+    require(
+        shape_of(input_range) == (slices,),
+        f"input_range: got shape {shape_of(input_range)}; allowed are ({slices},) for a static range and "
+        f"({slices}, {rows}) for a dynamic one",
+    )
+
+
+def resolution(name: str, res: float) -> None:
+    """A number of steps, its inverse, or ``<= 0`` for off."""
+    ok = isfinite(res) and (res <= 0 or max(res, 1 / res) <= MAX_STEPS)
+    require(ok, f"{name}: got {res}; allowed are a number of steps in (1, 2**22], its inverse, or <= 0 for off")
+
+
+def non_negative(name: str, value: float) -> None:
+    require(isfinite(value) and value >= 0, f"{name}: got {value}; allowed is a finite number >= 0 (0 is off)")
+
+
+def kind(name: str, value: str) -> None:
+    require(value in KINDS, f"{name}: got {value!r}; allowed are {', '.join(map(repr, KINDS))}")
+
+
+def seed_given(seed: Tensor | None, needed: bool, what: str) -> None:
+    """``seed`` is one int64 number, there if noise is drawn."""
+    if seed is None:
+        require(not needed, f"seed: missing, but {what} draws noise; pass an int64 tensor with one element")
+        return
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(f"seed: got {seed.dtype} of shape {shape_of(seed)}; an int64 tensor with one element is needed")
+
+
+def output_stage(
+    input_range: Tensor | None,
+    out_noise: float,
+    noise_wmax: Tensor | None,
+    out_bound: float,
+    bound_wmax: Tensor | None,
+    out_res: float,
+    seed: Tensor | None,
+) -> None:
+    """Output noise and ADC have what they need."""
+    non_negative("out_noise", out_noise)
+    require(isfinite(out_bound), f"out_bound: got {out_bound}; allowed is a finite number (<= 0 is off)")
+    resolution("out_res", out_res)
+    require(
+        out_res <= 0 or out_bound > 0,
+        f"out_res: got {out_res} with out_bound {out_bound}; the ADC's grid spans its bound, so set out_bound > 0",
+    )
+    require(
+        input_range is not None or (out_noise == 0 and out_bound <= 0),
+        "input_range: missing, but output noise and bound are scaled by it; pass a range or switch both off",
+    )
+    require(out_noise == 0 or noise_wmax is not None, "noise_wmax: missing, but out_noise is scaled by it")
+    require(out_bound <= 0 or bound_wmax is not None, "bound_wmax: missing, but out_bound is scaled by it")
+    seed_given(seed, out_noise > 0, "out_noise > 0")
+
+
+def wmax_shape(name: str, wmax: Tensor | None, slices: int, rows: int) -> None:
+    if wmax is not None:
+        require(
+            shape_of(wmax) in ((slices, rows), (slices, 1)),
+            f"{name}: got shape {shape_of(wmax)}; allowed are ({slices}, {rows}) and ({slices}, 1)",
+        )
+
+
+def range_rule(decay: float, input_min_percentage: float) -> None:
+    """The numbers of the learned range's gradient."""
+    non_negative("decay", decay)
+    require(
+        0 <= input_min_percentage <= 1,
+        f"input_min_percentage: got {input_min_percentage}; allowed is a share in 0 .. 1",
+    )
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics of ``x``: fp64 for fp64, otherwise fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def product(x: Tensor, weight: Tensor, slices: int, input_range: Tensor | None) -> None:
+    """Operands of a matrix product ``x [M, K] @ weight [N, K]^T``."""
+    matrix("x", x)
+    matrix("weight", weight, columns=x.shape[1])
+    slice_count(x.shape[1], slices)
+    range_kind(input_range, slices, x.shape[0])
+    together("x", x, input_range=input_range)
+    together("x", x, dtype=True, weight=weight)
+
+
+def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tensor | None) -> None:
+    """Gradient ``[M, N]`` of a product and its saturation mask."""
+    matrix("grad", grad, columns=columns)
+    rows = x.shape[0]
+    require(grad.shape[0] == rows, f"grad: got shape {shape_of(grad)}; {rows} rows are needed, as x has")
+    together("x", x, dtype=True, grad=grad)
+    if mask is not None:
+        expected = (slices, rows, -(-columns // 8))
+        require(
+            mask.dtype == torch.uint8 and shape_of(mask) == expected and mask.is_contiguous(),
+            f"mask: got {mask.dtype} of shape {shape_of(mask)}; a contiguous uint8 tensor of shape {expected} is needed",
+        )
+        together("x", x, mask=mask)
+
+
+def fits_dtype(name: str, res: float, x: Tensor) -> None:
+    """The converter's integers do not overflow the dtype they are multiplied in."""
+    if x.dtype == torch.float16 and res > 0:
+        steps = max(res, 1 / res)
+        require(steps <= 2**16, f"{name}: {steps:g} steps overflow float16; use at most 2**16 steps, bfloat16 or float32")

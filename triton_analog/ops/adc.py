@@ -1,0 +1,174 @@
+"""The output stage of one slice: noise, rounding, bound (SEMANTICS 3, steps 5 and 6).
+
+``v = y + out_noise * r * noise_wmax * z``, then ``round(v / step) * step`` clamped to ``+-bound`` with
+``bound = out_bound * r * bound_wmax`` and ``step = bound / Q``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_analog import reference
+from triton_analog.lang import OUTPUT_STREAM, cast, convert, normal_tile, pack_bits
+from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.ops import _checks as check
+from triton_analog.reference.grid import half_steps
+
+
+@dataclass(frozen=True)
+class AdcConfig:
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int = 4
+
+
+def default_config(rows: int, columns: int) -> AdcConfig:
+    return AdcConfig(BLOCK_M=block(rows, 32), BLOCK_N=block(columns, 64))
+
+
+@triton.jit(do_not_specialize=["M", "plane"])
+def adc_kernel(
+    y_ptr, range_ptr, noise_wmax_ptr, bound_wmax_ptr, seed_ptr, out_ptr, mask_ptr,
+    M, N, stride_m, stride_n, range_stride, noise_stride, bound_stride, out_noise, out_bound, q_max, plane,
+    NOISE: tl.constexpr, BOUND: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
+    first_n = tl.program_id(1).to(tl.int64) * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_M)[:, None]
+    n = first_n + tl.arange(0, BLOCK_N)[None, :]
+    inside = (m < M) & (n < N)
+    r = tl.abs(tl.load(range_ptr + m * range_stride, mask=m < M, other=0.0).to(tl.float32))
+    v = tl.load(y_ptr + m * stride_m + n * stride_n, mask=inside, other=0.0).to(tl.float32)
+    if NOISE:
+        wmax = tl.load(noise_wmax_ptr + n * noise_stride, mask=n < N, other=0.0).to(tl.float32)
+        z = normal_tile(tl.load(seed_ptr), first_m, first_n, plane, OUTPUT_STREAM, BLOCK_M, BLOCK_N)
+        v += (out_noise * r * wmax) * z
+    if BOUND:
+        wmax = tl.load(bound_wmax_ptr + n * bound_stride, mask=n < N, other=0.0).to(tl.float32)
+        v, saturated = convert(v, out_bound * r * wmax, q_max, QUANTIZE)
+        columns = tl.cdiv(N, 8)
+        byte = first_n // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
+        bits = pack_bits(saturated & inside, BLOCK_M, BLOCK_N)
+        tl.store(mask_ptr + m * columns + byte, bits, mask=(m < M) & (byte < columns))
+    tl.store(out_ptr + m * N + n, cast(v, out_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_adc(
+    y: Tensor,
+    input_range: Tensor,
+    out_noise: float,
+    noise_wmax: Tensor | None,
+    out_bound: float,
+    bound_wmax: Tensor | None,
+    out_res: float,
+    seed: Tensor | None,
+    plane: int,
+    config: AdcConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    M, N = y.shape
+    config = config or default_config(M, N)
+    q_max = half_steps(out_res)
+    out = torch.empty(M, N, dtype=y.dtype, device=y.device)
+    mask = torch.empty(M, -(-N // 8) if out_bound > 0 else 0, dtype=torch.uint8, device=y.device)
+    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
+    strides = [0 if t is None or t.numel() == 1 else t.stride(0) for t in (input_range, noise_wmax, bound_wmax)]
+    launch(
+        adc_kernel, grid, y.device, y, input_range, noise_wmax, bound_wmax, seed, out, mask, M, N, *y.stride(), *strides,
+        out_noise, out_bound, q_max, plane, NOISE=out_noise > 0, BOUND=out_bound > 0, QUANTIZE=q_max > 0,
+        **asdict(config),
+    )  # fmt: skip
+    return out, mask
+
+
+@torch.library.custom_op("triton_analog::adc", mutates_args=())
+def _adc(
+    y: Tensor,
+    input_range: Tensor,
+    out_noise: float,
+    noise_wmax: Tensor | None,
+    out_bound: float,
+    bound_wmax: Tensor | None,
+    out_res: float,
+    seed: Tensor | None,
+    plane: int,
+) -> tuple[Tensor, Tensor]:
+    if runs_kernel(y):
+        return launch_adc(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, plane)
+    return reference.adc(
+        y, input_range, out_noise=out_noise, noise_wmax=noise_wmax, out_bound=out_bound, bound_wmax=bound_wmax,
+        out_res=out_res, seed=seed, plane=plane,
+    )  # fmt: skip
+
+
+@_adc.register_fake
+def _(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, plane):  # type: ignore[no-untyped-def]
+    M, N = y.shape
+    mask = y.new_empty(M, (N + 7) // 8 if out_bound > 0 else 0, dtype=torch.uint8)
+    return torch.empty_like(y, memory_format=torch.contiguous_format), mask
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[1])
+    ctx.bounded = inputs[4] > 0
+
+
+def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    (mask,) = ctx.saved_tensors
+    if ctx.bounded:
+        grad = torch.where(reference.unpack_bits(mask, grad.shape[1]), 0.0, grad)
+    return grad, None, None, None, None, None, None, None, None
+
+
+_adc.register_autograd(_backward, setup_context=_setup_context)
+
+
+def adc(
+    y: Tensor,
+    input_range: Tensor,
+    *,
+    out_noise: float = 0.0,
+    noise_wmax: Tensor | None = None,
+    out_bound: float = 0.0,
+    bound_wmax: Tensor | None = None,
+    out_res: float = -1.0,
+    seed: Tensor | None = None,
+    plane: int = 0,
+) -> Tensor:
+    """One slice's product ``y [M, N]`` as it leaves the tile: with noise, rounded, bounded; in the dtype of ``y``.
+
+    Differentiable in ``y``: straight through the rounding, 0 where the bound acted. Range and scales are constants.
+
+    Args:
+        y: Products ``[M, N]`` of one slice, contiguous or not.
+        input_range: The slice's range, ``[1]`` or ``[M]`` (dynamic); its absolute value is used.
+        out_noise: Standard deviation of the noise in units of ``r * noise_wmax``; 0 is off. Divide by ``sqrt(S)`` yourself.
+        noise_wmax: ``[N]`` or ``[1]``.
+        out_bound: Bound in units of ``r * bound_wmax``; ``<= 0`` is off.
+        bound_wmax: ``[N]`` or ``[1]``.
+        out_res: Number of steps between the bounds (> 1) or its inverse; ``<= 0`` does not round. Needs a bound.
+        seed: int64 tensor with one element, needed for noise.
+        plane: The slice's index, which picks its field of noise.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
+    """
+    check.matrix("y", y)
+    M, N = y.shape
+    check.output_stage(input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed)
+    check.require(
+        check.shape_of(input_range) in ((1,), (M,)),
+        f"input_range: got shape {check.shape_of(input_range)}; allowed are (1,) and ({M},)",
+    )
+    for name, wmax in (("noise_wmax", noise_wmax), ("bound_wmax", bound_wmax)):
+        check.require(
+            wmax is None or check.shape_of(wmax) in ((1,), (N,)),
+            f"{name}: got shape {None if wmax is None else check.shape_of(wmax)}; allowed are (1,) and ({N},)",
+        )
+    check.together("y", y, input_range=input_range, noise_wmax=noise_wmax, bound_wmax=bound_wmax, seed=seed)
+    check.require(0 <= plane < 2**31, f"plane: got {plane}; allowed are 0 to 2**31 - 1")
+    return _adc(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, float(out_res), seed, plane)[0]

@@ -1,0 +1,391 @@
+"""The learned input range: its update from data and its gradient (SEMANTICS 6 and 7).
+
+``dr = r * (sum over x >= |r| of min(g, 0) - sum over x <= -|r| of max(g, 0) + decay * [share of |x| < |r| > threshold])``
+
+where ``g`` is the gradient of the clamped input. The stored range may be negative: its absolute value is the range, and
+``dr`` above is already the gradient of the stored value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_analog import reference
+from triton_analog.lang import cast, slice_bounds
+from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.ops import _checks as check
+
+
+@dataclass(frozen=True)
+class InputRangeConfig:
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int = 4
+
+
+def default_config(rows: int, width: int) -> InputRangeConfig:
+    return InputRangeConfig(BLOCK_M=block(rows, 32), BLOCK_K=block(width, 128))
+
+
+# ---- Gradient -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def range_grad_sums(grad, x, r, inside, FAST: tl.constexpr):
+    """A tile's share of the two sums behind ``dr``: the gradient that would widen the range, and how many do not clip."""
+    above, below = inside & (x >= r), inside & (x <= -r)
+    if FAST:
+        widen = tl.where(above, grad, 0.0) - tl.where(below, grad, 0.0)
+    else:
+        widen = tl.where(above, tl.minimum(grad, 0.0), 0.0) - tl.where(below, tl.maximum(grad, 0.0), 0.0)
+    return tl.sum(widen), tl.sum((inside & (tl.abs(x) < r)).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["P", "M"])
+def range_grad_kernel(
+    parts_ptr, range_ptr, out_ptr, P, M, K, S, decay, input_min_percentage, FAST: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Add the tiles' sums ``parts [S, P, 2]`` in a fixed order and finish ``dr``."""
+    s = tl.program_id(0)
+    _, width = slice_bounds(s, K, S)
+    widen = tl.zeros((BLOCK_P,), tl.float32)
+    unclipped = tl.zeros((BLOCK_P,), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        address = (s.to(tl.int64) * P + p) * 2
+        widen += tl.load(parts_ptr + address, mask=p < P, other=0.0)
+        unclipped += tl.load(parts_ptr + address + 1, mask=p < P, other=0.0)
+    r = tl.load(range_ptr + s).to(tl.float32)
+    total = tl.sum(widen)
+    if FAST:
+        dr = tl.where(r < 0, -total, total)
+    else:
+        share = tl.sum(unclipped) / (M * 1.0 * width)
+        dr = r * (total + tl.where(share > input_min_percentage, decay, 0.0))
+    tl.store(out_ptr + s, dr)
+
+
+def launch_range_grad(
+    parts: Tensor, input_range: Tensor, rows: int, features: int, decay: float, threshold: float, fast_mode: bool
+) -> Tensor:
+    slices, count, _ = parts.shape
+    out = torch.empty(slices, dtype=torch.float32, device=parts.device)
+    launch(
+        range_grad_kernel, (slices,), parts.device, parts, input_range.contiguous(), out, count, rows, features, slices,
+        decay, threshold, FAST=fast_mode, BLOCK_P=block(count, 1024),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["M"])
+def input_range_grad_kernel(
+    grad_ptr, x_ptr, range_ptr, dx_ptr, parts_ptr, M, K, S, stride_gm, stride_gk, stride_xm, stride_xk,
+    FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(2)
+    start, width = slice_bounds(s, K, S)
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    k = (start + column).to(tl.int64)
+    inside = (m < M) & (column < width)
+    r = tl.abs(tl.load(range_ptr + s).to(tl.float32))
+    x = tl.load(x_ptr + m * stride_xm + k * stride_xk, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + m * stride_gm + k * stride_gk, mask=inside, other=0.0).to(tl.float32)
+    widen, unclipped = range_grad_sums(grad, x, r, inside, FAST)
+    part = (s * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(parts_ptr + part * 2, widen)
+    tl.store(parts_ptr + part * 2 + 1, unclipped)
+    dx = cast(tl.where(tl.abs(x) <= r, grad, 0.0), dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + m * K + k, dx, mask=inside)
+
+
+def launch_input_range_grad(
+    grad: Tensor,
+    x: Tensor,
+    input_range: Tensor,
+    slices: int,
+    decay: float,
+    threshold: float,
+    fast_mode: bool,
+    config: InputRangeConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    width = triton.cdiv(K, slices)
+    config = config or default_config(M, width)
+    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
+    dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
+    parts = torch.empty(slices, grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
+    launch(
+        input_range_grad_kernel, grid, x.device, grad, x, input_range.contiguous(), dx, parts, M, K, slices,
+        *grad.stride(), *x.stride(), FAST=fast_mode, **asdict(config),
+    )  # fmt: skip
+    return dx, launch_range_grad(parts, input_range, M, K, decay, threshold, fast_mode)
+
+
+@torch.library.custom_op("triton_analog::input_range_grad", mutates_args=())
+def _input_range_grad(
+    grad: Tensor,
+    x: Tensor,
+    input_range: Tensor,
+    slices: int,
+    decay: float,
+    input_min_percentage: float,
+    fast_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    if runs_kernel(x):
+        return launch_input_range_grad(grad, x, input_range, slices, decay, input_min_percentage, fast_mode)
+    return reference.input_range_grad(
+        grad, x, input_range, slices, decay=decay, input_min_percentage=input_min_percentage, fast_mode=fast_mode
+    )
+
+
+@_input_range_grad.register_fake
+def _(grad, x, input_range, slices, decay, input_min_percentage, fast_mode):  # type: ignore[no-untyped-def]
+    dx = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return dx, x.new_empty(slices, dtype=check.wide_dtype(x))
+
+
+def input_range_grad(
+    grad: Tensor,
+    x: Tensor,
+    input_range: Tensor,
+    slices: int,
+    *,
+    decay: float = 0.0,
+    input_min_percentage: float = 0.95,
+    fast_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input clamp in its input ``[M, K]`` and in its range ``[S]`` (fp32).
+
+    Args:
+        grad: Gradient ``[M, K]`` of the clamped input.
+        x: The input ``[M, K]`` before the clamp.
+        input_range: ``[S]``, the stored ranges.
+        slices: Number of slices of the columns.
+        decay: Pull of the range towards 0 where almost nothing clips; 0 is off.
+        input_min_percentage: Share of unclipped inputs above which ``decay`` acts.
+        fast_mode: The plain gradient of a clamp instead of the learned-range rule.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
+    """
+    check.matrix("x", x)
+    check.matrix("grad", grad, columns=x.shape[1])
+    check.require(grad.shape == x.shape, f"grad: got shape {check.shape_of(grad)}; that of x, {check.shape_of(x)}, is needed")
+    check.slice_count(x.shape[1], slices)
+    check.static_range(input_range, slices)
+    check.together("x", x, grad=grad, input_range=input_range)
+    check.range_rule(decay, input_min_percentage)
+    return _input_range_grad(grad, x, input_range, slices, decay, input_min_percentage, fast_mode)
+
+
+# ---- Update from data -----------------------------------------------------------------------------------------------
+
+
+def _recomputing() -> bool:
+    """Inside a backward: a forward that runs there is activation checkpointing's, and its batch was counted already."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@triton.jit
+def input_range_update_kernel(
+    range_ptr, count_ptr, moments_ptr, S, init_from_data, init_std_alpha, BLOCK_S: tl.constexpr
+):
+    s = tl.arange(0, BLOCK_S)
+    inside = s < S
+    n = tl.load(moments_ptr + s * 3, mask=inside, other=0.0)
+    m2 = tl.load(moments_ptr + s * 3 + 2, mask=inside, other=0.0)
+    std = tl.where(n > 1, tl.sqrt_rn(tl.div_rn(m2, tl.maximum(n - 1, 1.0))), 0.0)
+    r = tl.load(range_ptr + s, mask=inside, other=0.0).to(tl.float32)
+    count = tl.load(count_ptr + s, mask=inside, other=0)
+    due = (count < init_from_data) & (std > 0) & (std < float("inf"))
+    estimate = tl.div_rn(r * count.to(tl.float32) + init_std_alpha * std, count.to(tl.float32) + 1)
+    tl.store(range_ptr + s, cast(tl.abs(tl.where(due, estimate, r)), range_ptr.dtype.element_ty), mask=inside)
+    tl.store(count_ptr + s, count + due.to(count.dtype), mask=inside)
+
+
+def launch_input_range_update(
+    input_range: Tensor, count: Tensor, moments: Tensor, init_from_data: int, init_std_alpha: float
+) -> None:
+    slices = input_range.shape[0]
+    launch(
+        input_range_update_kernel, (1,), input_range.device, input_range, count, moments, slices, init_from_data,
+        init_std_alpha, BLOCK_S=block(slices, 2**16),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("triton_analog::input_range_update", mutates_args=("input_range", "count"))
+def _input_range_update(
+    input_range: Tensor, count: Tensor, moments: Tensor, init_from_data: int, init_std_alpha: float
+) -> None:
+    if _recomputing():
+        return
+    if runs_kernel(input_range):
+        launch_input_range_update(input_range, count, moments.contiguous(), init_from_data, init_std_alpha)
+    else:
+        reference.input_range_update(
+            input_range, count, moments, init_from_data=init_from_data, init_std_alpha=init_std_alpha
+        )
+
+
+def _check_state(input_range: Tensor, count: Tensor, init_from_data: int, **others: Tensor) -> None:
+    slices = input_range.numel()
+    check.require(
+        input_range.ndim == 1 and input_range.is_contiguous(),
+        f"input_range: got shape {check.shape_of(input_range)} with strides {input_range.stride()}; "
+        "a contiguous vector with one range per slice is needed, it is updated in place",
+    )
+    if count.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"count: got {count.dtype}; int32 or int64 is needed, a float counter saturates in half precision")
+    for name, state in {"count": count, **others}.items():
+        check.require(
+            check.shape_of(state) == (slices,) and state.is_contiguous(),
+            f"{name}: got shape {check.shape_of(state)}; a contiguous vector with one entry per slice, ({slices},), is needed",
+        )
+    check.together("input_range", input_range, count=count, **others)
+    check.require(init_from_data >= 0, f"init_from_data: got {init_from_data}; allowed is a number of batches >= 0")
+
+
+def input_range_update(
+    input_range: Tensor, count: Tensor, moments: Tensor, *, init_from_data: int, init_std_alpha: float
+) -> None:
+    """Move ``input_range`` towards ``init_std_alpha`` standard deviations of the data, in place (SEMANTICS 7).
+
+    ``r = (r * count + init_std_alpha * std) / (count + 1)`` for every slice with ``count < init_from_data`` and a finite
+    ``std > 0``; its count goes up by one. Ranges become non-negative. All conditions stay on the device.
+
+    Args:
+        input_range: ``[S]``, changed in place; not differentiable, call under ``torch.no_grad()``.
+        count: Integer ``[S]``, batches seen so far, changed in place.
+        moments: ``[S, 3]`` of :func:`triton_analog.ops.moments`; under data parallelism merged over all ranks.
+        init_from_data: Number of batches to learn from.
+        init_std_alpha: Standard deviations that the range spans on either side.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or shapes outside the above.
+    """
+    _check_state(input_range, count, init_from_data)
+    check.require(
+        check.shape_of(moments) == (input_range.shape[0], 3),
+        f"moments: got shape {check.shape_of(moments)}; ({input_range.shape[0]}, 3) is needed",
+    )
+    check.together("input_range", input_range, moments=moments)
+    check.non_negative("init_std_alpha", init_std_alpha)
+    _input_range_update(input_range, count, moments, init_from_data, init_std_alpha)
+
+
+# ---- Fast mode: running extreme values --------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["M"])
+def extrema_kernel(
+    x_ptr, parts_ptr, M, K, S, stride_m, stride_k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Smallest and largest value of every tile of a slice: ``parts [2, P, S]``."""
+    s = tl.program_id(2)
+    start, width = slice_bounds(s, K, S)
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    inside = (m < M) & (column < width)
+    x = tl.load(x_ptr + m * stride_m + (start + column).to(tl.int64) * stride_k, mask=inside, other=0.0).to(tl.float32)
+    is_nan = tl.max((inside & (x != x)).to(tl.int32)) > 0
+    low = tl.where(is_nan, float("nan"), tl.min(tl.where(inside & (x == x), x, float("inf"))))
+    high = tl.where(is_nan, float("nan"), tl.max(tl.where(inside & (x == x), x, float("-inf"))))
+    parts = tl.num_programs(0) * tl.num_programs(1)
+    part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(parts_ptr + part * S + s, low)
+    tl.store(parts_ptr + (parts + part) * S + s, high)
+
+
+def launch_extrema(x: Tensor, slices: int, config: InputRangeConfig | None = None) -> Tensor:
+    M, K = x.shape
+    width = triton.cdiv(K, slices)
+    config = config or default_config(M, width)
+    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
+    parts = torch.empty(2, grid[0] * grid[1], slices, dtype=torch.float32, device=x.device)
+    launch(extrema_kernel, grid, x.device, x, parts, M, K, slices, *x.stride(), **asdict(config))
+    return torch.stack([parts[0].amin(0), parts[1].amax(0)])
+
+
+@torch.library.custom_op("triton_analog::extrema", mutates_args=())
+def _extrema(x: Tensor, slices: int) -> Tensor:
+    return launch_extrema(x, slices) if runs_kernel(x) else reference.extrema(x, slices)
+
+
+@_extrema.register_fake
+def _(x: Tensor, slices: int) -> Tensor:
+    return x.new_empty(2, slices, dtype=check.wide_dtype(x))
+
+
+def extrema(x: Tensor, slices: int) -> Tensor:
+    """Smallest and largest value of every slice of ``x [M, K]``: ``[2, S]``, fp32 (fp64 for fp64). NaN propagates.
+
+    Raises:
+        TypeError: ``x`` is not a floating-point tensor.
+        ValueError: ``x`` is not a matrix or is empty, or ``slices`` is not in ``1 .. K``.
+    """
+    check.matrix("x", x)
+    check.require(x.shape[0] > 0, f"x: got shape {check.shape_of(x)}; an empty tensor has no extreme values")
+    check.slice_count(x.shape[1], slices)
+    return _extrema(x, slices)
+
+
+@torch.library.custom_op(
+    "triton_analog::input_range_update_fast", mutates_args=("input_range", "count", "x_min", "x_max")
+)
+def _input_range_update_fast(
+    input_range: Tensor,
+    count: Tensor,
+    x_min: Tensor,
+    x_max: Tensor,
+    extrema: Tensor,
+    init_from_data: int,
+    momentum: float,
+) -> None:
+    if _recomputing():
+        return
+    # A few numbers per slice: torch's own operations serve on every device.
+    reference.input_range_update_fast(
+        input_range, count, x_min, x_max, extrema, init_from_data=init_from_data, momentum=momentum
+    )
+
+
+def input_range_update_fast(
+    input_range: Tensor,
+    count: Tensor,
+    x_min: Tensor,
+    x_max: Tensor,
+    extrema: Tensor,
+    *,
+    init_from_data: int,
+    momentum: float,
+) -> None:
+    """Set ``input_range`` to the running extreme magnitude of the data, in place (SEMANTICS 7, fast mode).
+
+    Args:
+        input_range: ``[S]``, changed in place; call under ``torch.no_grad()``.
+        count: Integer ``[S]``, batches seen so far, changed in place; the first batch initialises.
+        x_min: ``[S]``, running smallest value, changed in place.
+        x_max: ``[S]``, running largest value, changed in place.
+        extrema: ``[2, S]`` of :func:`extrema`; a slice with a value that is not finite is left as it was.
+        init_from_data: Number of batches to learn from.
+        momentum: Weight of the old value, in ``[0, 1)``; -1 keeps all-time extremes.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
+    """
+    _check_state(input_range, count, init_from_data, x_min=x_min, x_max=x_max)
+    check.require(
+        check.shape_of(extrema) == (2, input_range.shape[0]),
+        f"extrema: got shape {check.shape_of(extrema)}; (2, {input_range.shape[0]}) is needed",
+    )
+    check.together("input_range", input_range, extrema=extrema)
+    check.require(
+        momentum == -1 or 0 <= momentum < 1, f"momentum: got {momentum}; allowed are [0, 1), and -1 for all-time extremes"
+    )
+    _input_range_update_fast(input_range, count, x_min, x_max, extrema, init_from_data, momentum)

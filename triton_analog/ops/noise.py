@@ -1,0 +1,88 @@
+"""The normal field: element ``(m, n)`` of a seed's stream is the same number whatever the launch (SEMANTICS 9)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_analog import reference
+from triton_analog.lang import normal_tile
+from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.ops import _checks as check
+
+USER_STREAM = 2
+"""Streams 0 and 1 belong to weight and output noise; others are free."""
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int = 4
+
+
+def default_config(rows: int, cols: int) -> NoiseConfig:
+    return NoiseConfig(BLOCK_M=block(rows, 32), BLOCK_N=block(cols, 64))
+
+
+@triton.jit(do_not_specialize=["rows", "plane"])
+def noise_kernel(
+    seed_ptr, out_ptr, rows, cols, plane, STREAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    col = tl.program_id(1).to(tl.int64) * BLOCK_N
+    z = normal_tile(tl.load(seed_ptr), row, col, plane, STREAM, BLOCK_M, BLOCK_N)
+    m = row + tl.arange(0, BLOCK_M)[:, None]
+    n = col + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out_ptr + m * cols + n, z, mask=(m < rows) & (n < cols))
+
+
+def launch_noise(
+    seed: Tensor, rows: int, cols: int, *, stream: int, plane: int, config: NoiseConfig | None = None
+) -> Tensor:
+    config = config or default_config(rows, cols)
+    out = torch.empty(rows, cols, dtype=torch.float32, device=seed.device)
+    grid = (triton.cdiv(rows, config.BLOCK_M), triton.cdiv(cols, config.BLOCK_N))
+    launch(noise_kernel, grid, seed.device, seed, out, rows, cols, plane, STREAM=stream, **asdict(config))
+    return out
+
+
+@torch.library.custom_op("triton_analog::noise", mutates_args=())
+def _noise(seed: Tensor, rows: int, cols: int, stream: int, plane: int) -> Tensor:
+    if rows * cols > 0 and runs_kernel(seed):
+        return launch_noise(seed, rows, cols, stream=stream, plane=plane)
+    return reference.noise(seed, rows, cols, stream=stream, plane=plane)
+
+
+@_noise.register_fake
+def _(seed: Tensor, rows: int, cols: int, stream: int, plane: int) -> Tensor:
+    return seed.new_empty(rows, cols, dtype=torch.float32)
+
+
+def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plane: int = 0) -> Tensor:
+    """Standard normals ``[rows, cols]``, fp32, on the device of ``seed``.
+
+    Philox-4x32-10 keyed by ``seed`` and counted by the element, then Box-Muller; values reach 6.77. Equal seeds give equal
+    fields on every backend, to fp32 rounding, and a larger field contains the smaller one.
+
+    Args:
+        seed: int64 tensor with one element; it stays on its device.
+        rows: Number of rows, at most 2**32.
+        cols: Number of columns, at most 2**34.
+        stream: Independent stream in ``0 .. 2**32 - 1``; 0 is the library's weight noise, 1 its output noise.
+        plane: Independent field within the stream, in ``0 .. 2**31 - 1``; output noise uses the slice.
+
+    Raises:
+        TypeError: ``seed`` is not one int64 number.
+        ValueError: a size, stream or plane out of range.
+    """
+    check.seed_given(seed, True, "noise")
+    check.require(0 <= rows <= 2**32, f"rows: got {rows}; allowed are 0 to 2**32")
+    check.require(0 <= cols <= 2**34, f"cols: got {cols}; allowed are 0 to 2**34")
+    check.require(0 <= stream < 2**32, f"stream: got {stream}; allowed are 0 to 2**32 - 1")
+    check.require(0 <= plane < 2**31, f"plane: got {plane}; allowed are 0 to 2**31 - 1")
+    return _noise(seed, rows, cols, stream, plane)

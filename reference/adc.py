@@ -55,7 +55,8 @@ def adc(
     r = wide(input_range).abs()[:, None]
     v = wide(y)
     if out_noise > 0:
-        assert seed is not None and noise_wmax is not None
+        assert seed is not None
+        assert noise_wmax is not None
         v = v + (out_noise * r * wide(noise_wmax)) * noise(seed, *y.shape, stream=OUTPUT_STREAM, plane=plane)
     if not out_bound > 0:
         return v.to(y.dtype), torch.empty(y.shape[0], 0, dtype=torch.uint8, device=y.device)

@@ -39,13 +39,15 @@ def matmul(
     masks = []
     sigma = out_noise / slices**0.5
     for s, (x_s, w_s) in enumerate(zip(iter_slices(x, slices), iter_slices(weight, slices), strict=True)):
-        operand, unit = wide(x_s), 1.0
+        operand = wide(x_s)
+        unit: Tensor | float = 1.0
         if input_range is not None:
             r = range_of(input_range, s)
             operand, unit = dac_slice(operand, r, half_steps(inp_res))
         y_s = (operand @ wide(w_s).T) * unit
         if out_noise > 0:
-            assert noise_wmax is not None and seed is not None
+            assert noise_wmax is not None
+            assert seed is not None
             sigma_s = sigma * r * wide(noise_wmax[s])
             if out_bound > 0:
                 y_s = y_s + sigma_s * noise(seed, M, N, stream=OUTPUT_STREAM, plane=s)

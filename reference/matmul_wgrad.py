@@ -26,7 +26,8 @@ def matmul_wgrad(
     g = wide(grad)
     parts = []
     for s, x_s in enumerate(iter_slices(x, slices)):
-        operand, unit = wide(x_s), 1.0
+        operand = wide(x_s)
+        unit: Tensor | float = 1.0
         if input_range is not None:
             operand, unit = dac_slice(operand, range_of(input_range, s), half_steps(inp_res))
         parts.append((masked(g, mask, s).T @ (operand * unit)).to(dtype or x.dtype))

@@ -108,7 +108,7 @@ class _AnalogLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r, clip, seed, mask = ctx.saved_tensors
         settings: _Settings = ctx.settings
         needs_x, needs_weight, needs_bias, needs_range, needs_clip, _, _ = ctx.needs_input_grad
@@ -131,7 +131,12 @@ class _AnalogLinear(torch.autograd.Function):
             dw = ops.matmul_wgrad(grad, x, r, settings.slices, mask, inp_res=settings.inp_res, dtype=weight.dtype)
             if clip is not None:
                 dw, dclip = ops.weight_grad(
-                    dw, weight, clip, settings.slices, quantization=settings.weight_quantization, res=settings.weight_res
+                    dw,
+                    weight,
+                    clip,
+                    settings.slices,
+                    quantization=settings.weight_quantization,
+                    res=settings.weight_res,
                 )
                 dclip = dclip.to(clip.dtype)
         if needs_bias:

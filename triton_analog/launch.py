@@ -94,6 +94,11 @@ def input_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def aligned(features: int, slices: int) -> bool:
+    """Whether every slice starts and ends at a multiple of 16 columns."""
+    return features % (16 * slices) == 0
+
+
 def block(size: int, largest: int, smallest: int = 16) -> int:
     """The power of two that covers ``size``, within ``smallest .. largest``: a block no larger than its tensor needs."""
     return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))

@@ -26,24 +26,30 @@ def matrix(name: str, x: Tensor, columns: int | None = None) -> None:
     """``x`` is a floating-point matrix (with ``columns`` columns)."""
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {x.dtype}; allowed are float32, bfloat16, float16 and float64")
-    require(x.ndim == 2, f"{name}: got shape {shape_of(x)}; a matrix is needed, flatten leading dimensions with reshape")
+    require(
+        x.ndim == 2, f"{name}: got shape {shape_of(x)}; a matrix is needed, flatten leading dimensions with reshape"
+    )
     if columns is not None:
         require(x.shape[1] == columns, f"{name}: got shape {shape_of(x)}; {columns} columns are needed")
 
 
-def together(reference_name: str, reference: Tensor, dtype: bool = False, **others: Tensor | None) -> None:
-    """All ``others`` are on the device (and, with ``dtype``, of the dtype) of ``reference``."""
+def together(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """All ``others`` are on the device of ``reference``."""
     for name, other in others.items():
-        if other is None:
-            continue
         require(
-            other.device == reference.device,
-            f"{name}: on {other.device}, but {reference_name} is on {reference.device}; move both to one device",
+            other is None or other.device == reference.device,
+            f"{name}: on {getattr(other, 'device', None)}, but {reference_name} is on {reference.device}; "
+            "move both to one device",
         )
-        if dtype and other.dtype != reference.dtype:
+
+
+def same_dtype(reference_name: str, reference: Tensor, **others: Tensor) -> None:
+    """All ``others`` have the dtype of ``reference``."""
+    for name, other in others.items():
+        if other.dtype != reference.dtype:
             raise TypeError(
                 f"{name}: dtype {other.dtype}, but {reference_name} is {reference.dtype}; cast one of them "
-                f"(or use torch.autocast with functional.analog_linear)"
+                "(or use torch.autocast with functional.analog_linear)"
             )
 
 
@@ -150,7 +156,8 @@ def product(x: Tensor, weight: Tensor, slices: int, input_range: Tensor | None) 
     slice_count(x.shape[1], slices)
     range_kind(input_range, slices, x.shape[0])
     together("x", x, input_range=input_range)
-    together("x", x, dtype=True, weight=weight)
+    together("x", x, weight=weight)
+    same_dtype("x", x, weight=weight)
 
 
 def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tensor | None) -> None:
@@ -158,7 +165,8 @@ def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tenso
     matrix("grad", grad, columns=columns)
     rows = x.shape[0]
     require(grad.shape[0] == rows, f"grad: got shape {shape_of(grad)}; {rows} rows are needed, as x has")
-    together("x", x, dtype=True, grad=grad)
+    together("x", x, grad=grad)
+    same_dtype("x", x, grad=grad)
     if mask is not None:
         expected = (slices, rows, -(-columns // 8))
         require(
@@ -172,4 +180,6 @@ def fits_dtype(name: str, res: float, x: Tensor) -> None:
     """The converter's integers do not overflow the dtype they are multiplied in."""
     if x.dtype == torch.float16 and res > 0:
         steps = max(res, 1 / res)
-        require(steps <= 2**16, f"{name}: {steps:g} steps overflow float16; use at most 2**16 steps, bfloat16 or float32")
+        require(
+            steps <= 2**16, f"{name}: {steps:g} steps overflow float16; use at most 2**16 steps, bfloat16 or float32"
+        )

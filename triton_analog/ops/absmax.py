@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import slice_bounds
-from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 
 
@@ -30,9 +30,11 @@ def default_config(rows: int, width: int) -> AbsmaxConfig:
 
 
 @triton.jit(do_not_specialize=["N"])
-def absmax_kernel(x_ptr, out_ptr, N, K, S, stride_n, stride_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def absmax_kernel(
+    x_ptr, out_ptr, N, K, S, stride_n, stride_k, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
     s = tl.program_id(1)
-    start, width = slice_bounds(s, K, S)
+    start, width = slice_bounds(s, K, S, ALIGNED)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     largest = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for first in range(0, width, BLOCK_K):
@@ -51,7 +53,9 @@ def launch_absmax(x: Tensor, slices: int, config: AbsmaxConfig | None = None) ->
     config = config or default_config(N, triton.cdiv(K, slices))
     out = torch.empty(slices, N, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(N, config.BLOCK_N), slices)
-    launch(absmax_kernel, grid, x.device, x, out, N, K, slices, *x.stride(), **asdict(config))
+    launch(
+        absmax_kernel, grid, x.device, x, out, N, K, slices, *x.stride(), ALIGNED=aligned(K, slices), **asdict(config)
+    )
     return out
 
 

@@ -106,18 +106,18 @@ def _adc(
 
 
 @_adc.register_fake
-def _(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, plane):  # type: ignore[no-untyped-def]
+def _(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, plane):
     M, N = y.shape
     mask = y.new_empty(M, (N + 7) // 8 if out_bound > 0 else 0, dtype=torch.uint8)
     return torch.empty_like(y, memory_format=torch.contiguous_format), mask
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[1])
     ctx.bounded = inputs[4] > 0
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _):
     (mask,) = ctx.saved_tensors
     if ctx.bounded:
         grad = torch.where(reference.unpack_bits(mask, grad.shape[1]), 0.0, grad)

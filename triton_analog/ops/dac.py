@@ -114,16 +114,16 @@ def _dac(
 
 
 @_dac.register_fake
-def _(x, input_range, slices, inp_res, decay, input_min_percentage, fast_mode):  # type: ignore[no-untyped-def]
+def _(x, input_range, slices, inp_res, decay, input_min_percentage, fast_mode):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     x, input_range, ctx.slices, _, ctx.decay, ctx.input_min_percentage, ctx.fast_mode = inputs
     ctx.save_for_backward(x, input_range)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad):
     x, input_range = ctx.saved_tensors
     if input_range.ndim == 2:  # a dynamic range never clips
         return grad, None, None, None, None, None, None

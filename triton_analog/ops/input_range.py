@@ -17,7 +17,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import cast, slice_bounds
-from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 
 
@@ -48,11 +48,22 @@ def range_grad_sums(grad, x, r, inside, FAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["P", "M"])
 def range_grad_kernel(
-    parts_ptr, range_ptr, out_ptr, P, M, K, S, decay, input_min_percentage, FAST: tl.constexpr, BLOCK_P: tl.constexpr
+    parts_ptr,
+    range_ptr,
+    out_ptr,
+    P,
+    M,
+    K,
+    S,
+    decay,
+    input_min_percentage,
+    FAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """Add the tiles' sums ``parts [S, P, 2]`` in a fixed order and finish ``dr``."""
     s = tl.program_id(0)
-    _, width = slice_bounds(s, K, S)
+    _, width = slice_bounds(s, K, S, ALIGNED)
     widen = tl.zeros((BLOCK_P,), tl.float32)
     unclipped = tl.zeros((BLOCK_P,), tl.float32)
     for first in range(0, P, BLOCK_P):
@@ -77,7 +88,7 @@ def launch_range_grad(
     out = torch.empty(slices, dtype=torch.float32, device=parts.device)
     launch(
         range_grad_kernel, (slices,), parts.device, parts, input_range.contiguous(), out, count, rows, features, slices,
-        decay, threshold, FAST=fast_mode, BLOCK_P=block(count, 1024),
+        decay, threshold, FAST=fast_mode, ALIGNED=aligned(features, slices), BLOCK_P=block(count, 1024),
     )  # fmt: skip
     return out
 
@@ -85,10 +96,10 @@ def launch_range_grad(
 @triton.jit(do_not_specialize=["M"])
 def input_range_grad_kernel(
     grad_ptr, x_ptr, range_ptr, dx_ptr, parts_ptr, M, K, S, stride_gm, stride_gk, stride_xm, stride_xk,
-    FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    FAST: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(2)
-    start, width = slice_bounds(s, K, S)
+    start, width = slice_bounds(s, K, S, ALIGNED)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     k = (start + column).to(tl.int64)
@@ -122,7 +133,7 @@ def launch_input_range_grad(
     parts = torch.empty(slices, grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
     launch(
         input_range_grad_kernel, grid, x.device, grad, x, input_range.contiguous(), dx, parts, M, K, slices,
-        *grad.stride(), *x.stride(), FAST=fast_mode, **asdict(config),
+        *grad.stride(), *x.stride(), FAST=fast_mode, ALIGNED=aligned(K, slices), **asdict(config),
     )  # fmt: skip
     return dx, launch_range_grad(parts, input_range, M, K, decay, threshold, fast_mode)
 
@@ -145,7 +156,7 @@ def _input_range_grad(
 
 
 @_input_range_grad.register_fake
-def _(grad, x, input_range, slices, decay, input_min_percentage, fast_mode):  # type: ignore[no-untyped-def]
+def _(grad, x, input_range, slices, decay, input_min_percentage, fast_mode):
     dx = torch.empty_like(grad, memory_format=torch.contiguous_format)
     return dx, x.new_empty(slices, dtype=check.wide_dtype(x))
 
@@ -176,7 +187,9 @@ def input_range_grad(
     """
     check.matrix("x", x)
     check.matrix("grad", grad, columns=x.shape[1])
-    check.require(grad.shape == x.shape, f"grad: got shape {check.shape_of(grad)}; that of x, {check.shape_of(x)}, is needed")
+    check.require(
+        grad.shape == x.shape, f"grad: got shape {check.shape_of(grad)}; that of x, {check.shape_of(x)}, is needed"
+    )
     check.slice_count(x.shape[1], slices)
     check.static_range(input_range, slices)
     check.together("x", x, grad=grad, input_range=input_range)
@@ -241,7 +254,9 @@ def _check_state(input_range: Tensor, count: Tensor, init_from_data: int, **othe
         "a contiguous vector with one range per slice is needed, it is updated in place",
     )
     if count.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"count: got {count.dtype}; int32 or int64 is needed, a float counter saturates in half precision")
+        raise TypeError(
+            f"count: got {count.dtype}; int32 or int64 is needed, a float counter saturates in half precision"
+        )
     for name, state in {"count": count, **others}.items():
         check.require(
             check.shape_of(state) == (slices,) and state.is_contiguous(),
@@ -284,11 +299,11 @@ def input_range_update(
 
 @triton.jit(do_not_specialize=["M"])
 def extrema_kernel(
-    x_ptr, parts_ptr, M, K, S, stride_m, stride_k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr, parts_ptr, M, K, S, stride_m, stride_k, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Smallest and largest value of every tile of a slice: ``parts [2, P, S]``."""
     s = tl.program_id(2)
-    start, width = slice_bounds(s, K, S)
+    start, width = slice_bounds(s, K, S, ALIGNED)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     inside = (m < M) & (column < width)
@@ -308,7 +323,19 @@ def launch_extrema(x: Tensor, slices: int, config: InputRangeConfig | None = Non
     config = config or default_config(M, width)
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
     parts = torch.empty(2, grid[0] * grid[1], slices, dtype=torch.float32, device=x.device)
-    launch(extrema_kernel, grid, x.device, x, parts, M, K, slices, *x.stride(), **asdict(config))
+    launch(
+        extrema_kernel,
+        grid,
+        x.device,
+        x,
+        parts,
+        M,
+        K,
+        slices,
+        *x.stride(),
+        ALIGNED=aligned(K, slices),
+        **asdict(config),
+    )
     return torch.stack([parts[0].amin(0), parts[1].amax(0)])
 
 
@@ -386,6 +413,7 @@ def input_range_update_fast(
     )
     check.together("input_range", input_range, extrema=extrema)
     check.require(
-        momentum == -1 or 0 <= momentum < 1, f"momentum: got {momentum}; allowed are [0, 1), and -1 for all-time extremes"
+        momentum == -1 or 0 <= momentum < 1,
+        f"momentum: got {momentum}; allowed are [0, 1), and -1 for all-time extremes",
     )
     _input_range_update_fast(input_range, count, x_min, x_max, extrema, init_from_data, momentum)

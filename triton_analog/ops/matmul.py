@@ -27,7 +27,7 @@ from triton_analog.lang import (
     pack_bits,
     slice_bounds,
 )
-from triton_analog.launch import block, input_precision, launch, runs_kernel
+from triton_analog.launch import aligned, block, input_precision, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.dac import load_range, operand, range_mode
 from triton_analog.ops.matmul_dgrad import _matmul_dgrad
@@ -41,7 +41,7 @@ class MatmulConfig:
     BLOCK_N: int
     BLOCK_K: int
     GROUP_M: int = 8
-    num_warps: int = 4
+    num_warps: int = 8
     num_stages: int = 3
 
 
@@ -59,7 +59,7 @@ def matmul_kernel(
     in_q_max, sigma, out_bound, out_q_max,
     MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs share rows of x and columns of w in the L2 cache.
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -73,10 +73,11 @@ def matmul_kernel(
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
 
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    r = tl.zeros((1, 1), tl.float32)
-    variance = tl.zeros((BLOCK_M if MODE == DYNAMIC_RANGE else 1, BLOCK_N), tl.float32)
+    RANGE_ROWS: tl.constexpr = BLOCK_M if MODE == DYNAMIC_RANGE else 1
+    r = tl.zeros((RANGE_ROWS, 1), tl.float32)
+    variance = tl.zeros((RANGE_ROWS, BLOCK_N), tl.float32)
     for s in range(S):
-        start, width = slice_bounds(s, K, S)
+        start, width = slice_bounds(s, K, S, ALIGNED)
         if MODE != NO_RANGE:
             r = load_range(range_ptr, s, m, M, MODE)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -112,7 +113,9 @@ def matmul_kernel(
         y += tl.sqrt_rn(variance) * z
     if BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], cast(y, y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    tl.store(
+        y_ptr + m[:, None] * N + n[None, :], cast(y, y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :]
+    )
 
 
 def launch_matmul(
@@ -142,7 +145,8 @@ def launch_matmul(
         matmul_kernel, grid, x.device, x, weight, *small, seed, y, mask, M, N, K, slices, *x.stride(), *weight.stride(),
         *columns, in_q_max, out_noise / slices**0.5, out_bound, out_q_max,
         MODE=range_mode(input_range), DAC=input_range is not None and in_q_max > 0, NOISE=out_noise > 0,
-        BOUND=out_bound > 0, ADC=out_q_max > 0, BIAS=bias is not None, PRECISION=input_precision(), **asdict(config),
+        BOUND=out_bound > 0, ADC=out_q_max > 0, BIAS=bias is not None, PRECISION=input_precision(),
+        ALIGNED=aligned(K, slices), **asdict(config),
     )  # fmt: skip
     return y, mask
 
@@ -173,19 +177,19 @@ def _matmul(
 
 
 @_matmul.register_fake
-def _(x, weight, bias, input_range, slices, inp_res, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, input_range, slices, inp_res, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed):
     M, N = x.shape[0], weight.shape[0]
     return x.new_empty(M, N), x.new_empty(slices if out_bound > 0 else 0, M, (N + 7) // 8, dtype=torch.uint8)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     x, weight, bias, input_range, ctx.slices, ctx.inp_res, _, _, out_bound, *_ = inputs
     ctx.save_for_backward(x, weight, input_range, output[1] if out_bound > 0 else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _):
     x, weight, input_range, mask = ctx.saved_tensors
     dx = dw = dbias = dr = None
     static = input_range if input_range is not None and input_range.ndim == 1 else None

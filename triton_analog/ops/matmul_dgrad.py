@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import cast, dot, slice_bounds
-from triton_analog.launch import block, input_precision, launch, runs_kernel
+from triton_analog.launch import aligned, block, input_precision, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
 
@@ -48,10 +48,10 @@ def matmul_dgrad_kernel(
     grad_ptr, w_ptr, x_ptr, range_ptr, mask_ptr, dx_ptr, parts_ptr,
     M, N, K, S, stride_gm, stride_gn, stride_wn, stride_wk, stride_xm, stride_xk,
     CLIP: tl.constexpr, FAST: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(2)
-    start, width = slice_bounds(s, K, S)
+    start, width = slice_bounds(s, K, S, ALIGNED)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k = (start + column).to(tl.int64)
@@ -102,7 +102,8 @@ def launch_matmul_dgrad(
     launch(
         matmul_dgrad_kernel, grid, x.device, grad, weight, x, input_range, mask, dx, parts, M, N, K, slices,
         *grad.stride(), *weight.stride(), *x.stride(),
-        CLIP=clip, FAST=fast_mode, MASK=mask is not None, PRECISION=input_precision(), **asdict(config),
+        CLIP=clip, FAST=fast_mode, MASK=mask is not None, PRECISION=input_precision(),
+        ALIGNED=aligned(K, slices), **asdict(config),
     )  # fmt: skip
     if input_range is None:
         return dx, parts.new_empty(0)
@@ -122,9 +123,7 @@ def _matmul_dgrad(
     fast_mode: bool,
 ) -> tuple[Tensor, Tensor]:
     if runs_kernel(x):
-        return launch_matmul_dgrad(
-            grad, weight, x, input_range, slices, mask, decay, input_min_percentage, fast_mode
-        )
+        return launch_matmul_dgrad(grad, weight, x, input_range, slices, mask, decay, input_min_percentage, fast_mode)
     return reference.matmul_dgrad(
         grad, weight, x, input_range, slices, mask,
         decay=decay, input_min_percentage=input_min_percentage, fast_mode=fast_mode,
@@ -132,7 +131,7 @@ def _matmul_dgrad(
 
 
 @_matmul_dgrad.register_fake
-def _(grad, weight, x, input_range, slices, mask, decay, input_min_percentage, fast_mode):  # type: ignore[no-untyped-def]
+def _(grad, weight, x, input_range, slices, mask, decay, input_min_percentage, fast_mode):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, x.new_empty(0 if input_range is None else slices, dtype=check.wide_dtype(x))
 

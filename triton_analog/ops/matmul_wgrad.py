@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import DYNAMIC_RANGE, STATIC_RANGE, cast, dot, slice_bounds
-from triton_analog.launch import block, input_precision, launch, runs_kernel
+from triton_analog.launch import aligned, block, input_precision, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.dac import load_range, operand, range_mode
 from triton_analog.ops.matmul_dgrad import drop_saturated
@@ -41,17 +41,17 @@ def matmul_wgrad_kernel(
     grad_ptr, x_ptr, range_ptr, mask_ptr, dw_ptr,
     M, N, K, S, stride_gm, stride_gn, stride_xm, stride_xk, in_q_max,
     MODE: tl.constexpr, DAC: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(2)
-    start, width = slice_bounds(s, K, S)
+    start, width = slice_bounds(s, K, S, ALIGNED)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     k = (start + column).to(tl.int64)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
 
     dw = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    r = tl.zeros((1, 1), tl.float32)
+    r = tl.zeros((BLOCK_M if MODE == DYNAMIC_RANGE else 1, 1), tl.float32)
     if MODE == STATIC_RANGE:
         r = load_range(range_ptr, s, n, M, MODE)
     for first_m in range(0, M, BLOCK_M):
@@ -94,7 +94,7 @@ def launch_matmul_wgrad(
         matmul_wgrad_kernel, grid, x.device, grad, x, None if input_range is None else input_range.contiguous(), mask, dw,
         M, N, K, slices, *grad.stride(), *x.stride(), q_max,
         MODE=range_mode(input_range), DAC=input_range is not None and q_max > 0, MASK=mask is not None,
-        PRECISION=input_precision(), **asdict(config),
+        PRECISION=input_precision(), ALIGNED=aligned(K, slices), **asdict(config),
     )  # fmt: skip
     return dw
 
@@ -115,7 +115,7 @@ def _matmul_wgrad(
 
 
 @_matmul_wgrad.register_fake
-def _(grad, x, input_range, slices, mask, inp_res, dtype):  # type: ignore[no-untyped-def]
+def _(grad, x, input_range, slices, mask, inp_res, dtype):
     return x.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import slice_bounds
-from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 
 MAX_PARTS = 512
@@ -49,10 +49,10 @@ def merge(count, mean, m2, count_b, mean_b, m2_b):
 @triton.jit(do_not_specialize=["M", "rows_per_program"])
 def moments_kernel(
     x_ptr, active_ptr, parts_ptr, M, K, S, stride_m, stride_k, rows_per_program,
-    HAS_ACTIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     part, s = tl.program_id(0), tl.program_id(1)
-    start, width = slice_bounds(s, K, S)
+    start, width = slice_bounds(s, K, S, ALIGNED)
     first_row = part.to(tl.int64) * rows_per_program
     last_row = tl.minimum(first_row + rows_per_program, M)
     if HAS_ACTIVE:  # a slice that nobody asks for costs one byte
@@ -100,7 +100,8 @@ def launch_moments(x: Tensor, slices: int, active: Tensor | None, config: StdCon
     parts = torch.empty(count, slices, 3, dtype=torch.float32, device=x.device)
     launch(
         moments_kernel, (count, slices), x.device, x, active, parts, M, K, slices, *x.stride(), config.rows_per_program,
-        HAS_ACTIVE=active is not None, BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
+        HAS_ACTIVE=active is not None, ALIGNED=aligned(K, slices), BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps,
     )  # fmt: skip
     out = torch.empty(slices, 3, dtype=torch.float32, device=x.device)
     launch(merge_moments_kernel, (slices,), x.device, parts, out, count, slices, BLOCK_P=block(count, 2**20))

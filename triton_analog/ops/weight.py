@@ -24,7 +24,7 @@ from triton_analog.lang import (
     steps_per_unit,
     to_steps,
 )
-from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.absmax import launch_absmax
 from triton_analog.reference.grid import half_steps
@@ -121,19 +121,19 @@ def _weight(
 
 
 @_weight.register_fake
-def _(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype):  # type: ignore[no-untyped-def]
+def _(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype):
     out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     return out, weight.new_empty(slices, weight.shape[0], dtype=check.wide_dtype(weight))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     weight, ctx.slices, clip, ctx.quantization, ctx.res, *_ = inputs
     ctx.dtype = weight.dtype
     ctx.save_for_backward(*((weight, clip) if clip is not None else ()))
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, _):
     grad_clip = None
     if ctx.saved_tensors:
         weight, clip = ctx.saved_tensors
@@ -210,10 +210,10 @@ def weight(
 @triton.jit
 def weight_grad_kernel(
     grad_ptr, w_ptr, clip_ptr, dw_ptr, dclip_ptr, N, K, S, stride_gn, stride_gk, stride_wn, stride_wk, q_max,
-    QUANTIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    QUANTIZE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(1)
-    start, width = slice_bounds(s, K, S)
+    start, width = slice_bounds(s, K, S, ALIGNED)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     clip_address = s.to(tl.int64) * N + n
     clip = tl.load(clip_ptr + clip_address, mask=n < N, other=0.0).to(tl.float32)
@@ -256,7 +256,7 @@ def launch_weight_grad(
     launch(
         weight_grad_kernel, (triton.cdiv(N, config.BLOCK_N), slices), grad.device, grad, weight, clip.contiguous(), dw,
         dclip, N, K, slices, *grad.stride(), *weight.stride(), half_steps(res) if quantized else 1.0,
-        QUANTIZE=quantized, **asdict(config),
+        QUANTIZE=quantized, ALIGNED=aligned(K, slices), **asdict(config),
     )  # fmt: skip
     return dw, dclip
 
@@ -271,7 +271,7 @@ def _weight_grad(
 
 
 @_weight_grad.register_fake
-def _(grad, weight, clip, slices, quantization, res):  # type: ignore[no-untyped-def]
+def _(grad, weight, clip, slices, quantization, res):
     dw = torch.empty_like(grad, memory_format=torch.contiguous_format)
     return dw, weight.new_empty(slices, weight.shape[0], dtype=check.wide_dtype(weight))
 

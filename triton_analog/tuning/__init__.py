@@ -1,0 +1,1 @@
+"""Configurations of kernels: for now their inspection without a device."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from triton_analog import ops
@@ -268,10 +269,10 @@ def analog_linear(
 
 
 def _gather(part: Tensor, process_group: Any) -> Tensor:
-    """``part`` of every rank, ``[ranks, ...]``; works in compiled graphs too."""
-    from torch.distributed._functional_collectives import all_gather_tensor
-
-    return all_gather_tensor(part[None].contiguous(), 0, process_group)
+    """``part`` of every rank, ``[ranks, ...]``; compilers trace the call."""
+    everyone = [torch.empty_like(part) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(everyone, part.contiguous(), group=process_group)
+    return torch.stack(everyone)
 
 
 def update_input_range(

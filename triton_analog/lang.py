@@ -51,7 +51,8 @@ def round_even(v):
 @triton.jit
 def steps_per_unit(bound, q_max):
     """``q_max / bound``, correctly rounded; 0 for a zero bound, NaN for NaN."""
-    return tl.where(bound < TINY, 0.0, tl.div_rn(q_max + tl.zeros_like(bound), bound))
+    is_zero = bound < TINY
+    return tl.where(is_zero, 0.0, tl.div_rn(q_max + tl.zeros_like(bound), tl.where(is_zero, 1.0, bound)))
 
 
 @triton.jit

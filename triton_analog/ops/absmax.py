@@ -26,7 +26,7 @@ class AbsmaxConfig:
 
 
 def default_config(rows: int, width: int) -> AbsmaxConfig:
-    return AbsmaxConfig(BLOCK_N=block(rows, 16), BLOCK_K=block(width, 256))
+    return AbsmaxConfig(BLOCK_N=block(rows, 16), BLOCK_K=block(width, 128))
 
 
 @triton.jit(do_not_specialize=["N"])

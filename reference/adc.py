@@ -59,7 +59,7 @@ def adc(
         assert noise_wmax is not None
         v = v + (out_noise * r * wide(noise_wmax)) * noise(seed, *y.shape, stream=OUTPUT_STREAM, plane=plane)
     if not out_bound > 0:
-        return v.to(y.dtype), torch.empty(y.shape[0], 0, dtype=torch.uint8, device=y.device)
+        return v.to(y.dtype, copy=True), torch.empty(y.shape[0], 0, dtype=torch.uint8, device=y.device)
     assert bound_wmax is not None
     out, saturated = convert(v, out_bound * r * wide(bound_wmax), half_steps(out_res))
     return out.to(y.dtype), pack_bits(saturated)

@@ -54,7 +54,7 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
     key = int(seed)
     column = np.arange(4 * groups, dtype=np.uint64)[None, :]
     c2, c3 = np.uint64(plane), np.uint64(stream)
-    chunk = max(1, _COUNTERS_PER_CHUNK // (4 * groups))
+    chunk = max(1, _COUNTERS_PER_CHUNK // max(1, 4 * groups))
     for start in range(0, rows, chunk):
         row = np.arange(start, min(start + chunk, rows), dtype=np.uint64)[:, None]
         words = philox(key, column, row, c2, c3)

@@ -25,7 +25,7 @@ def merge_moments(parts: Tensor) -> Tensor:
     """``[S, 3]`` moments of the union of the samples behind ``parts [P, S, 3]`` (Chan et al. 1979)."""
     count, mean, m2 = parts.unbind(-1)
     total = count.sum(0)
-    merged = (count * mean).sum(0) / total.clamp(min=1)
+    merged = mean[0] + (count * (mean - mean[0])).sum(0) / total.clamp(min=1)  # equal means merge to the same, exactly
     return torch.stack([total, merged, (m2 + count * (mean - merged) ** 2).sum(0)], dim=-1)
 
 

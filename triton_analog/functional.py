@@ -220,11 +220,13 @@ def analog_linear(
         compute_dtype = x.dtype
     else:
         compute_dtype = weight.dtype
-    check.require(x.ndim >= 1, "x: a number was given; an input of shape [..., K] is needed")
+    check.require(x.ndim >= 1, lambda: "x: a number was given; an input of shape [..., K] is needed")
     check.matrix("weight", weight)
     check.require(
         x.shape[-1] == weight.shape[1],
-        f"x: got shape {check.shape_of(x)}; its last dimension must be {weight.shape[1]}, the weight's input features",
+        lambda: (
+            f"x: got shape {check.shape_of(x)}; its last dimension must be {weight.shape[1]}, the weight's input features"
+        ),
     )
     if x.dtype != compute_dtype:
         raise TypeError(
@@ -232,7 +234,9 @@ def analog_linear(
         )
     check.require(
         not (dynamic_input_range and input_range is not None),
-        "input_range: given together with dynamic_input_range, which finds the range itself; pass one of the two",
+        lambda: (
+            "input_range: given together with dynamic_input_range, which finds the range itself; pass one of the two"
+        ),
     )
     slices = num_slices(weight.shape[1], max_input_size)
     if input_range is not None:
@@ -241,10 +245,11 @@ def analog_linear(
     check.non_negative("weight_noise_std", weight_noise_std)
     ranged = dynamic_input_range or input_range is not None
     for name, value in (("inp_res", inp_res), ("out_noise", out_noise), ("out_bound", out_bound)):
-        check.require(
-            ranged or value <= 0,
-            f"{name}: got {value} without an input range, which scales it; pass input_range or dynamic_input_range=True",
-        )
+        if value > 0 and not ranged:
+            raise ValueError(
+                f"{name}: got {value} without an input range, which scales it; pass input_range or "
+                "dynamic_input_range=True"
+            )
     settings = _Settings(
         slices=slices,
         dynamic_range=dynamic_input_range,

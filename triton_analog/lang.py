@@ -82,7 +82,7 @@ def cast(v, DTYPE: tl.constexpr):
     """fp32 ``v`` rounded to the nearest even value of ``DTYPE``. The interpreter would truncate to bf16."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = v.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         v = tl.where(v == v, rounded, v)
     return v.to(DTYPE)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,9 +13,13 @@ MAX_STEPS = 2**22
 """Rounding by magic-number addition is exact below this many steps."""
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """Raise ``ValueError(message())`` unless ``condition``.
+
+    A message is only made when it is needed: a compiler that traced one would make constants of the sizes in it.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -27,20 +31,20 @@ def matrix(name: str, x: Tensor, columns: int | None = None) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {x.dtype}; allowed are float32, bfloat16, float16 and float64")
     require(
-        x.ndim == 2, f"{name}: got shape {shape_of(x)}; a matrix is needed, flatten leading dimensions with reshape"
+        x.ndim == 2,
+        lambda: f"{name}: got shape {shape_of(x)}; a matrix is needed, flatten leading dimensions with reshape",
     )
     if columns is not None:
-        require(x.shape[1] == columns, f"{name}: got shape {shape_of(x)}; {columns} columns are needed")
+        require(x.shape[1] == columns, lambda: f"{name}: got shape {shape_of(x)}; {columns} columns are needed")
 
 
 def together(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
     """All ``others`` are on the device of ``reference``."""
     for name, other in others.items():
-        require(
-            other is None or other.device == reference.device,
-            f"{name}: on {getattr(other, 'device', None)}, but {reference_name} is on {reference.device}; "
-            "move both to one device",
-        )
+        if other is not None and other.device != reference.device:
+            raise ValueError(
+                f"{name}: on {other.device}, but {reference_name} is on {reference.device}; move both to one device"
+            )
 
 
 def same_dtype(reference_name: str, reference: Tensor, **others: Tensor) -> None:
@@ -56,14 +60,14 @@ def same_dtype(reference_name: str, reference: Tensor, **others: Tensor) -> None
 def slice_count(features: int, slices: int) -> None:
     require(
         1 <= slices <= features,
-        f"slices: got {slices} for {features} input features; allowed are 1 to the number of features",
+        lambda: f"slices: got {slices} for {features} input features; allowed are 1 to the number of features",
     )
 
 
 def static_range(input_range: Tensor, slices: int) -> None:
     require(
         shape_of(input_range) == (slices,),
-        f"input_range: got shape {shape_of(input_range)}; one range per slice is needed, ({slices},)",
+        lambda: f"input_range: got shape {shape_of(input_range)}; one range per slice is needed, ({slices},)",
     )
 
 
@@ -73,29 +77,36 @@ def range_kind(input_range: Tensor | None, slices: int, rows: int) -> None:
         return
     require(
         shape_of(input_range) == (slices,),
-        f"input_range: got shape {shape_of(input_range)}; allowed are ({slices},) for a static range and "
-        f"({slices}, {rows}) for a dynamic one",
+        lambda: (
+            f"input_range: got shape {shape_of(input_range)}; allowed are ({slices},) for a static range and "
+            f"({slices}, {rows}) for a dynamic one"
+        ),
     )
 
 
 def resolution(name: str, res: float) -> None:
     """A number of steps, its inverse, or ``<= 0`` for off."""
-    ok = isfinite(res) and (res <= 0 or max(res, 1 / res) <= MAX_STEPS)
-    require(ok, f"{name}: got {res}; allowed are a number of steps in (1, 2**22], its inverse, or <= 0 for off")
+    ok = is_finite(res) and (res <= 0 or max(res, 1 / res) <= MAX_STEPS)
+    require(ok, lambda: f"{name}: got {res}; allowed are a number of steps in (1, 2**22], its inverse, or <= 0 for off")
+
+
+def is_finite(value: float) -> bool:
+    """``math.isfinite``, for numbers that a compiler treats as variables too."""
+    return abs(value) < float("inf")
 
 
 def non_negative(name: str, value: float) -> None:
-    require(isfinite(value) and value >= 0, f"{name}: got {value}; allowed is a finite number >= 0 (0 is off)")
+    require(is_finite(value) and value >= 0, lambda: f"{name}: got {value}; allowed is a finite number >= 0 (0 is off)")
 
 
 def kind(name: str, value: str) -> None:
-    require(value in KINDS, f"{name}: got {value!r}; allowed are {', '.join(map(repr, KINDS))}")
+    require(value in KINDS, lambda: f"{name}: got {value!r}; allowed are {', '.join(map(repr, KINDS))}")
 
 
 def seed_given(seed: Tensor | None, needed: bool, what: str) -> None:
     """``seed`` is one int64 number, there if noise is drawn."""
     if seed is None:
-        require(not needed, f"seed: missing, but {what} draws noise; pass an int64 tensor with one element")
+        require(not needed, lambda: f"seed: missing, but {what} draws noise; pass an int64 tensor with one element")
         return
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(f"seed: got {seed.dtype} of shape {shape_of(seed)}; an int64 tensor with one element is needed")
@@ -112,18 +123,20 @@ def output_stage(
 ) -> None:
     """Output noise and ADC have what they need."""
     non_negative("out_noise", out_noise)
-    require(isfinite(out_bound), f"out_bound: got {out_bound}; allowed is a finite number (<= 0 is off)")
+    require(is_finite(out_bound), lambda: f"out_bound: got {out_bound}; allowed is a finite number (<= 0 is off)")
     resolution("out_res", out_res)
     require(
         out_res <= 0 or out_bound > 0,
-        f"out_res: got {out_res} with out_bound {out_bound}; the ADC's grid spans its bound, so set out_bound > 0",
+        lambda: (
+            f"out_res: got {out_res} with out_bound {out_bound}; the ADC's grid spans its bound, so set out_bound > 0"
+        ),
     )
     require(
         input_range is not None or (out_noise == 0 and out_bound <= 0),
-        "input_range: missing, but output noise and bound are scaled by it; pass a range or switch both off",
+        lambda: "input_range: missing, but output noise and bound are scaled by it; pass a range or switch both off",
     )
-    require(out_noise == 0 or noise_wmax is not None, "noise_wmax: missing, but out_noise is scaled by it")
-    require(out_bound <= 0 or bound_wmax is not None, "bound_wmax: missing, but out_bound is scaled by it")
+    require(out_noise == 0 or noise_wmax is not None, lambda: "noise_wmax: missing, but out_noise is scaled by it")
+    require(out_bound <= 0 or bound_wmax is not None, lambda: "bound_wmax: missing, but out_bound is scaled by it")
     seed_given(seed, out_noise > 0, "out_noise > 0")
 
 
@@ -131,7 +144,7 @@ def wmax_shape(name: str, wmax: Tensor | None, slices: int, rows: int) -> None:
     if wmax is not None:
         require(
             shape_of(wmax) in ((slices, rows), (slices, 1)),
-            f"{name}: got shape {shape_of(wmax)}; allowed are ({slices}, {rows}) and ({slices}, 1)",
+            lambda: f"{name}: got shape {shape_of(wmax)}; allowed are ({slices}, {rows}) and ({slices}, 1)",
         )
 
 
@@ -140,7 +153,7 @@ def range_rule(decay: float, input_min_percentage: float) -> None:
     non_negative("decay", decay)
     require(
         0 <= input_min_percentage <= 1,
-        f"input_min_percentage: got {input_min_percentage}; allowed is a share in 0 .. 1",
+        lambda: f"input_min_percentage: got {input_min_percentage}; allowed is a share in 0 .. 1",
     )
 
 
@@ -164,14 +177,16 @@ def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tenso
     """Gradient ``[M, N]`` of a product and its saturation mask."""
     matrix("grad", grad, columns=columns)
     rows = x.shape[0]
-    require(grad.shape[0] == rows, f"grad: got shape {shape_of(grad)}; {rows} rows are needed, as x has")
+    require(grad.shape[0] == rows, lambda: f"grad: got shape {shape_of(grad)}; {rows} rows are needed, as x has")
     together("x", x, grad=grad)
     same_dtype("x", x, grad=grad)
     if mask is not None:
         expected = (slices, rows, -(-columns // 8))
         require(
             mask.dtype == torch.uint8 and shape_of(mask) == expected and mask.is_contiguous(),
-            f"mask: got {mask.dtype} of shape {shape_of(mask)}; a contiguous uint8 tensor of shape {expected} is needed",
+            lambda: (
+                f"mask: got {mask.dtype} of shape {shape_of(mask)}; a contiguous uint8 tensor of shape {expected} is needed"
+            ),
         )
         together("x", x, mask=mask)
 
@@ -181,5 +196,6 @@ def fits_dtype(name: str, res: float, x: Tensor) -> None:
     if x.dtype == torch.float16 and res > 0:
         steps = max(res, 1 / res)
         require(
-            steps <= 2**16, f"{name}: {steps:g} steps overflow float16; use at most 2**16 steps, bfloat16 or float32"
+            steps <= 2**16,
+            lambda: f"{name}: {steps:g} steps overflow float16; use at most 2**16 steps, bfloat16 or float32",
         )

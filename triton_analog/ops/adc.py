@@ -162,13 +162,11 @@ def adc(
     check.output_stage(input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed)
     check.require(
         check.shape_of(input_range) in ((1,), (M,)),
-        f"input_range: got shape {check.shape_of(input_range)}; allowed are (1,) and ({M},)",
+        lambda: f"input_range: got shape {check.shape_of(input_range)}; allowed are (1,) and ({M},)",
     )
     for name, wmax in (("noise_wmax", noise_wmax), ("bound_wmax", bound_wmax)):
-        check.require(
-            wmax is None or check.shape_of(wmax) in ((1,), (N,)),
-            f"{name}: got shape {None if wmax is None else check.shape_of(wmax)}; allowed are (1,) and ({N},)",
-        )
+        if wmax is not None and check.shape_of(wmax) not in ((1,), (N,)):
+            raise ValueError(f"{name}: got shape {check.shape_of(wmax)}; allowed are (1,) and ({N},)")
     check.together("y", y, input_range=input_range, noise_wmax=noise_wmax, bound_wmax=bound_wmax, seed=seed)
-    check.require(0 <= plane < 2**31, f"plane: got {plane}; allowed are 0 to 2**31 - 1")
+    check.require(0 <= plane < 2**31, lambda: f"plane: got {plane}; allowed are 0 to 2**31 - 1")
     return _adc(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, float(out_res), seed, plane)[0]

@@ -188,7 +188,8 @@ def input_range_grad(
     check.matrix("x", x)
     check.matrix("grad", grad, columns=x.shape[1])
     check.require(
-        grad.shape == x.shape, f"grad: got shape {check.shape_of(grad)}; that of x, {check.shape_of(x)}, is needed"
+        grad.shape == x.shape,
+        lambda: f"grad: got shape {check.shape_of(grad)}; that of x, {check.shape_of(x)}, is needed",
     )
     check.slice_count(x.shape[1], slices)
     check.static_range(input_range, slices)
@@ -200,7 +201,7 @@ def input_range_grad(
 # ---- Update from data -----------------------------------------------------------------------------------------------
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """Inside a backward: a forward that runs there is activation checkpointing's, and its batch was counted already."""
     return torch._C._current_graph_task_id() != -1
 
@@ -236,7 +237,7 @@ def launch_input_range_update(
 def _input_range_update(
     input_range: Tensor, count: Tensor, moments: Tensor, init_from_data: int, init_std_alpha: float
 ) -> None:
-    if _recomputing():
+    if recomputing():
         return
     if runs_kernel(input_range):
         launch_input_range_update(input_range, count, moments.contiguous(), init_from_data, init_std_alpha)
@@ -250,20 +251,25 @@ def _check_state(input_range: Tensor, count: Tensor, init_from_data: int, **othe
     slices = input_range.numel()
     check.require(
         input_range.ndim == 1 and input_range.is_contiguous(),
-        f"input_range: got shape {check.shape_of(input_range)} with strides {input_range.stride()}; "
-        "a contiguous vector with one range per slice is needed, it is updated in place",
+        lambda: (
+            f"input_range: got shape {check.shape_of(input_range)} with strides {input_range.stride()}; "
+            "a contiguous vector with one range per slice is needed, it is updated in place"
+        ),
     )
     if count.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f"count: got {count.dtype}; int32 or int64 is needed, a float counter saturates in half precision"
         )
     for name, state in {"count": count, **others}.items():
-        check.require(
-            check.shape_of(state) == (slices,) and state.is_contiguous(),
-            f"{name}: got shape {check.shape_of(state)}; a contiguous vector with one entry per slice, ({slices},), is needed",
-        )
+        if check.shape_of(state) != (slices,) or not state.is_contiguous():
+            raise ValueError(
+                f"{name}: got shape {check.shape_of(state)} with strides {state.stride()}; a contiguous vector with one "
+                f"entry per slice, ({slices},), is needed"
+            )
     check.together("input_range", input_range, count=count, **others)
-    check.require(init_from_data >= 0, f"init_from_data: got {init_from_data}; allowed is a number of batches >= 0")
+    check.require(
+        init_from_data >= 0, lambda: f"init_from_data: got {init_from_data}; allowed is a number of batches >= 0"
+    )
 
 
 def input_range_update(
@@ -287,7 +293,7 @@ def input_range_update(
     _check_state(input_range, count, init_from_data)
     check.require(
         check.shape_of(moments) == (input_range.shape[0], 3),
-        f"moments: got shape {check.shape_of(moments)}; ({input_range.shape[0]}, 3) is needed",
+        lambda: f"moments: got shape {check.shape_of(moments)}; ({input_range.shape[0]}, 3) is needed",
     )
     check.together("input_range", input_range, moments=moments)
     check.non_negative("init_std_alpha", init_std_alpha)
@@ -357,7 +363,7 @@ def extrema(x: Tensor, slices: int) -> Tensor:
         ValueError: ``x`` is not a matrix or is empty, or ``slices`` is not in ``1 .. K``.
     """
     check.matrix("x", x)
-    check.require(x.shape[0] > 0, f"x: got shape {check.shape_of(x)}; an empty tensor has no extreme values")
+    check.require(x.shape[0] > 0, lambda: f"x: got shape {check.shape_of(x)}; an empty tensor has no extreme values")
     check.slice_count(x.shape[1], slices)
     return _extrema(x, slices)
 
@@ -374,7 +380,7 @@ def _input_range_update_fast(
     init_from_data: int,
     momentum: float,
 ) -> None:
-    if _recomputing():
+    if recomputing():
         return
     # A few numbers per slice: torch's own operations serve on every device.
     reference.input_range_update_fast(
@@ -409,11 +415,11 @@ def input_range_update_fast(
     _check_state(input_range, count, init_from_data, x_min=x_min, x_max=x_max)
     check.require(
         check.shape_of(extrema) == (2, input_range.shape[0]),
-        f"extrema: got shape {check.shape_of(extrema)}; (2, {input_range.shape[0]}) is needed",
+        lambda: f"extrema: got shape {check.shape_of(extrema)}; (2, {input_range.shape[0]}) is needed",
     )
     check.together("input_range", input_range, extrema=extrema)
     check.require(
         momentum == -1 or 0 <= momentum < 1,
-        f"momentum: got {momentum}; allowed are [0, 1), and -1 for all-time extremes",
+        lambda: f"momentum: got {momentum}; allowed are [0, 1), and -1 for all-time extremes",
     )
     _input_range_update_fast(input_range, count, x_min, x_max, extrema, init_from_data, momentum)

@@ -252,11 +252,11 @@ def matmul(
     check.resolution("inp_res", inp_res)
     check.require(
         inp_res <= 0 or input_range is not None,
-        f"inp_res: got {inp_res} without input_range; the converter's grid spans the range, so pass one",
+        lambda: f"inp_res: got {inp_res} without input_range; the converter's grid spans the range, so pass one",
     )
     check.fits_dtype("inp_res", inp_res, x)
     if bias is not None:
-        check.require(check.shape_of(bias) == (N,), f"bias: got shape {check.shape_of(bias)}; ({N},) is needed")
+        check.require(check.shape_of(bias) == (N,), lambda: f"bias: got shape {check.shape_of(bias)}; ({N},) is needed")
     check.output_stage(input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed)
     check.wmax_shape("noise_wmax", noise_wmax, slices, N)
     check.wmax_shape("bound_wmax", bound_wmax, slices, N)

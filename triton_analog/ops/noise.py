@@ -81,8 +81,8 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
         ValueError: a size, stream or plane out of range.
     """
     check.seed_given(seed, True, "noise")
-    check.require(0 <= rows <= 2**32, f"rows: got {rows}; allowed are 0 to 2**32")
-    check.require(0 <= cols <= 2**34, f"cols: got {cols}; allowed are 0 to 2**34")
-    check.require(0 <= stream < 2**32, f"stream: got {stream}; allowed are 0 to 2**32 - 1")
-    check.require(0 <= plane < 2**31, f"plane: got {plane}; allowed are 0 to 2**31 - 1")
+    check.require(0 <= rows <= 2**32, lambda: f"rows: got {rows}; allowed are 0 to 2**32")
+    check.require(0 <= cols <= 2**34, lambda: f"cols: got {cols}; allowed are 0 to 2**34")
+    check.require(0 <= stream < 2**32, lambda: f"stream: got {stream}; allowed are 0 to 2**32 - 1")
+    check.require(0 <= plane < 2**31, lambda: f"plane: got {plane}; allowed are 0 to 2**31 - 1")
     return _noise(seed, rows, cols, stream, plane)

@@ -67,7 +67,10 @@ def moments_kernel(
             address = m[:, None] * stride_m + (start + k)[None, :].to(tl.int64) * stride_k
             x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
             tile_count = (columns * tl.minimum(last_row - row, BLOCK_M)).to(tl.float32)
-            tile_mean = tl.sum(x) / tile_count
+            # A constant tile has no deviation at all, which a rounded mean would hide.
+            low = tl.min(tl.where(inside, x, float("inf")))
+            high = tl.max(tl.where(inside, x, float("-inf")))
+            tile_mean = tl.where(low == high, low, tl.sum(x) / tile_count)
             deviation = tl.where(inside, x - tile_mean, 0.0)
             tile_m2 = tl.sum(deviation * deviation)
             count, mean, m2 = merge(count, mean, m2, tile_count, tile_mean, tile_m2)
@@ -86,7 +89,8 @@ def merge_moments_kernel(parts_ptr, out_ptr, P, S, BLOCK_P: tl.constexpr):
     mean = tl.load(parts_ptr + address + 1, mask=p < P, other=0.0)
     m2 = tl.load(parts_ptr + address + 2, mask=p < P, other=0.0)
     total = tl.sum(count)
-    merged = tl.sum(count * mean) / tl.maximum(total, 1.0)
+    pivot = tl.load(parts_ptr + s * 3 + 1)  # equal means merge to the same, exactly
+    merged = pivot + tl.sum(count * tl.where(p < P, mean - pivot, 0.0)) / tl.maximum(total, 1.0)
     delta = mean - merged
     tl.store(out_ptr + s * 3, total)
     tl.store(out_ptr + s * 3 + 1, merged)
@@ -131,12 +135,14 @@ def moments(x: Tensor, slices: int, active: Tensor | None = None) -> Tensor:
         ValueError: ``x`` is not a matrix or is empty, ``slices`` is not in ``1 .. K``, or ``active`` does not fit.
     """
     check.matrix("x", x)
-    check.require(x.shape[0] > 0, f"x: got shape {check.shape_of(x)}; an empty tensor has no moments")
+    check.require(x.shape[0] > 0, lambda: f"x: got shape {check.shape_of(x)}; an empty tensor has no moments")
     check.slice_count(x.shape[1], slices)
     if active is not None:
         check.require(
             active.dtype == torch.bool and check.shape_of(active) == (slices,),
-            f"active: got {active.dtype} of shape {check.shape_of(active)}; a bool tensor of shape ({slices},) is needed",
+            lambda: (
+                f"active: got {active.dtype} of shape {check.shape_of(active)}; a bool tensor of shape ({slices},) is needed"
+            ),
         )
         check.together("x", x, active=active)
     return _moments(x, slices, active)

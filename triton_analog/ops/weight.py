@@ -152,16 +152,21 @@ def _check_weight(weight: Tensor, slices: int, clip: Tensor | None, quantization
     check.resolution("res", res)
     check.require(
         quantization == "none" or res > 0,
-        f"res: got {res} with quantization {quantization!r}; give a number of states or its inverse, or choose 'none'",
+        lambda: (
+            f"res: got {res} with quantization {quantization!r}; give a number of states or its inverse, or choose 'none'"
+        ),
     )
     if clip is not None:
         check.require(
             check.shape_of(clip) == (slices, weight.shape[0]),
-            f"clip: got shape {check.shape_of(clip)}; one value per slice and channel, ({slices}, {weight.shape[0]}), is needed",
+            lambda: (
+                f"clip: got shape {check.shape_of(clip)}; one value per slice and channel, "
+                f"({slices}, {weight.shape[0]}), is needed"
+            ),
         )
         check.require(
             quantization != "per_tensor",
-            "quantization: 'per_tensor' with a learned clip, which is per channel; use 'per_channel' or 'none'",
+            lambda: "quantization: 'per_tensor' with a learned clip, which is per channel; use 'per_channel' or 'none'",
         )
         check.together("weight", weight, clip=clip)
 
@@ -295,7 +300,8 @@ def weight_grad(
     _check_weight(weight, slices, clip, quantization, res)
     check.matrix("grad", grad)
     check.require(
-        grad.shape == weight.shape, f"grad: got shape {check.shape_of(grad)}; {check.shape_of(weight)} is needed"
+        grad.shape == weight.shape,
+        lambda: f"grad: got shape {check.shape_of(grad)}; {check.shape_of(weight)} is needed",
     )
     check.together("weight", weight, grad=grad)
     return _weight_grad(grad, weight, clip, slices, quantization, res)

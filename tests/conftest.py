@@ -1,0 +1,83 @@
+"""Where the tests run: kernels in Triton's interpreter without a GPU, on the GPU with one; the reference on the CPU."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # before Triton is imported, which reads both once
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+
+import zlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import hypothesis
+import pytest
+
+from triton_analog import launch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+class TorchGenerator:
+    """Lets hypothesis put torch's generator in the same state before each example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_GENERATOR = TorchGenerator()
+hypothesis.register_random(TORCH_GENERATOR)
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    max_examples=15,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # the interpreter is too slow to shrink with
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The test's operations run through this; both in turn."""
+    return request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The GPU if there is one, else the CPU; the reference is tested on the CPU."""
+    on_cpu = "backend" in request.fixturenames and request.getfixturevalue("backend") == "reference"
+    return torch.device("cuda" if HAS_GPU and not on_cpu else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _selected_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The interpreter would make kernels the default on CPU tensors; tests that ask for no backend get the reference."""
+    if "backend" in request.fixturenames:
+        selected = launch.backend(request.getfixturevalue("backend"))
+    else:
+        selected = nullcontext() if HAS_GPU else launch.backend("reference")
+    with selected:
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Each test draws its own numbers, the same ones in every run."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels write into tensors full of NaN (integers: the largest), so that what they leave out shows."""
+    if "backend" not in request.fixturenames or request.getfixturevalue("backend") != "kernel":
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty and its kin then fill their memory
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,89 @@
+"""DESIGN 2: every operation is a torch.library operator that schema, fake tensor, autograd and aot dispatch agree on."""
+
+import pytest
+import torch
+from helpers import seed_of
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from triton_analog import ops
+
+OPERATORS = torch.ops.triton_analog
+ROWS, COLUMNS, FEATURES, SLICES = 5, 9, 20, 3
+
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels on CPU tensors need the interpreter")
+
+
+def leaf(*shape):
+    return torch.randn(shape).requires_grad_()
+
+
+def samples():
+    """Representative arguments of every operator: each optional argument both ways, each differentiable one a leaf."""
+    x, weight, bias, grad = (
+        torch.randn(*s) for s in ((ROWS, FEATURES), (COLUMNS, FEATURES), (COLUMNS,), (ROWS, COLUMNS))
+    )
+    r, seed, count = torch.tensor([0.5, 1.0, 1.5]), seed_of(3), torch.tensor([0, 5, 9])
+    wmax, dynamic = torch.rand(SLICES, COLUMNS) + 0.1, torch.rand(SLICES, ROWS) + 3
+    clip, one, mask = torch.rand(SLICES, COLUMNS), torch.ones(1), torch.zeros(SLICES, ROWS, 2, dtype=torch.uint8)
+    linear = (leaf(ROWS, FEATURES), leaf(COLUMNS, FEATURES))
+    off = (-1.0, 0.0, None, 0.0, None, -1.0, None)
+    return [
+        ("noise", (seed, 3, 17, 2, 0)),
+        ("absmax", (x, SLICES)),
+        ("moments", (x, SLICES, None)),
+        ("moments", (x.T, SLICES, torch.tensor([True, False, True]))),
+        ("extrema", (x, SLICES)),
+        ("dac", (leaf(ROWS, FEATURES), leaf(SLICES), SLICES, 254.0, 0.1, 0.5, False)),
+        ("dac", (leaf(ROWS, FEATURES), dynamic, SLICES, -1.0, 0.0, 0.95, False)),
+        ("adc", (leaf(ROWS, COLUMNS), one, 0.1, one, 1.0, wmax[0], 254.0, seed, 1)),
+        ("adc", (leaf(ROWS, COLUMNS), dynamic[0], 0.1, wmax[0], 0.0, None, -1.0, seed, 0)),
+        ("input_range_grad", (x, x, r, SLICES, 0.1, 0.5, False)),
+        ("input_range_update", (r.clone(), count.clone(), torch.rand(SLICES, 3) * 50, 10, 3.0)),
+        ("input_range_update_fast", (r.clone(), count.clone(), r * -1, r * 2, torch.randn(2, SLICES), 10, 0.9)),
+        ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "per_tensor", 30.0, "per_channel", 0.1, seed, torch.float32)),
+        ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "none", 0.0, "none", 0.0, None, torch.bfloat16)),
+        ("weight", (leaf(COLUMNS, FEATURES), SLICES, leaf(SLICES, COLUMNS), "per_channel", 30.0, "none", 0.0, None, torch.float32)),
+        ("weight_grad", (weight, weight * 2, clip, SLICES, "per_channel", 30.0)),
+        ("matmul", (*linear, None, None, SLICES, *off)),
+        ("matmul", (*linear, leaf(COLUMNS), leaf(SLICES), SLICES, 254.0, 0.1, wmax, 1.0, wmax, 254.0, seed)),
+        ("matmul", (*linear, leaf(COLUMNS), dynamic, SLICES, 254.0, 0.1, wmax[:, :1], 0.0, None, -1.0, seed)),
+        ("matmul_dgrad", (grad, weight, x, r, SLICES, mask, 0.1, 0.5, False)),
+        ("matmul_dgrad", (grad, weight, x, None, SLICES, None, 0.0, 0.5, True)),
+        ("matmul_wgrad", (grad, x, r, SLICES, mask, 254.0, torch.float32)),
+        ("matmul_wgrad", (grad, x, None, SLICES, None, -1.0, torch.bfloat16)),
+    ]  # fmt: skip
+
+
+CASES = [f"{name}-{index}" for index, (name, _) in enumerate(samples())]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("index", range(len(CASES)), ids=CASES)
+def test_opcheck(index, backend):
+    name, arguments = samples()[index]
+    torch.library.opcheck(getattr(OPERATORS, name).default, arguments)
+
+
+def test_every_operator_is_checked():
+    registered = {
+        name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "triton_analog::" in name
+    }
+    assert registered == {name for name, _ in samples()}
+
+
+@needs_interpreter
+def test_shapes_may_be_symbols(backend):
+    """One traced graph serves other batch sizes."""
+    weight, r = torch.randn(COLUMNS, FEATURES), torch.ones(SLICES)
+    wmax = ops.absmax(weight, SLICES)
+
+    def step(x, weight, r, wmax):
+        converted = ops.dac(x, r, SLICES, 254)
+        y, mask = ops.matmul(converted, weight, None, r, SLICES, out_bound=1.0, bound_wmax=wmax)
+        dx, _ = ops.matmul_dgrad(y, weight, x, r, SLICES, mask)
+        return dx + ops.absmax(x, SLICES).sum() + ops.std(x, SLICES).sum() + ops.extrema(x, SLICES).sum()
+
+    traced = make_fx(step, tracing_mode="symbolic")(torch.randn(ROWS, FEATURES), weight, r, wmax)
+    for rows in (2, 7, 33):
+        x = torch.randn(rows, FEATURES)
+        torch.testing.assert_close(traced(x, weight, r, wmax), step(x, weight, r, wmax))

@@ -1,0 +1,92 @@
+"""SEMANTICS 8: count, mean, squared deviations and unbiased standard deviation per slice."""
+
+import pytest
+import torch
+from helpers import all_dtypes, all_views, assert_accurate, cut, randn, tensor, viewed
+
+from triton_analog import ops, reference
+from triton_analog.ops.std import StdConfig, launch_moments
+
+SHAPES = [(2, 1, 1), (1, 17, 5), (3, 129, 1), (5, 257, 3), (67, 131, 2), (130, 40, 7)]
+
+
+def formula(x, slices):
+    return torch.stack([part.std() if part.numel() > 1 else part.new_zeros(()) for part in cut(x, slices)])
+
+
+@all_dtypes
+@pytest.mark.parametrize(("rows", "features", "slices"), SHAPES)
+def test_is_the_unbiased_standard_deviation(rows, features, slices, dtype, backend, device):
+    x = randn(rows, features, device=device, dtype=dtype) + 0.5
+    assert_accurate(ops.std(x, slices), formula(x.double(), slices), formula(x.float(), slices))
+
+
+def test_moments_are_count_mean_and_squared_deviations(backend, device):
+    x = randn(19, 45, device=device)
+    parts = cut(x.double(), 2)
+    truth = [[part.numel(), part.mean(), ((part - part.mean()) ** 2).sum()] for part in parts]
+    torch.testing.assert_close(ops.moments(x, 2).double(), tensor(truth, device, torch.float64), rtol=1e-6, atol=1e-7)
+
+
+@all_views
+def test_any_memory_layout(view, backend, device):
+    x = randn(7, 45, device=device)
+    assert torch.equal(ops.moments(viewed(x, view), 2), ops.moments(x, 2))
+
+
+def test_expanded_input(backend, device):
+    x = randn(1, 45, device=device).expand(40, 45)
+    assert_accurate(ops.std(x, 2), formula(x.double(), 2), formula(x, 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3)])
+def test_one_element_has_no_deviation(shape, backend, device):
+    x = randn(*shape, device=device)
+    assert torch.equal(ops.std(x, shape[1]), torch.zeros(shape[1], device=device))
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+def test_a_small_deviation_around_a_large_mean(mean, backend, device):
+    """A mean kept in fp32 is off by up to half a unit of 1e4, 5 % of the deviation, which adds 0.05**2 / 2 to it."""
+    x = mean + 1e-2 * randn(300, 257, device=device)
+    torch.testing.assert_close(ops.std(x, 3).double(), formula(x.double(), 3), rtol=1.25e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_inf_and_nan_stay_in_their_slice(value, backend, device):
+    x = randn(5, 45, device=device)
+    x[2, 20] = value
+    out = ops.std(x, 3)
+    assert out.isnan().tolist() == [False, True, False]
+    assert torch.equal(out.isnan(), formula(x, 3).isnan())
+
+
+def test_two_runs_give_the_same_bits(backend, device):
+    x = randn(600, 33, device=device)
+    assert torch.equal(ops.moments(x, 2), ops.moments(x, 2))
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize("config", [StdConfig(1, 16, 1), StdConfig(16, 32, 48), StdConfig(64, 128, 1024)])
+def test_any_blocks_are_right(config, backend, device):
+    x = randn(61, 100, device=device) + 3
+    out = reference.std_of(launch_moments(x, 3, None, config))
+    assert_accurate(out, formula(x.double(), 3), formula(x, 3))
+
+
+@pytest.mark.parametrize("active", [[True, False, True], [False] * 3, [True] * 3])
+def test_slices_that_are_not_active_are_not_read(active, backend, device):
+    x = randn(9, 31, device=device)
+    expected = ops.moments(x, 3)
+    for part, wanted, row in zip(cut(x, 3), active, expected, strict=True):
+        if not wanted:
+            part.fill_(torch.nan)
+            row.zero_()
+    assert torch.equal(ops.moments(x, 3, tensor(active, device, torch.bool)), expected)
+
+
+def test_merged_moments_are_those_of_the_union(backend, device):
+    x = randn(60, 33, device=device) + 10
+    parts = torch.stack([ops.moments(part, 2) for part in x.split([1, 42, 17])])
+    merged = reference.merge_moments(parts)
+    torch.testing.assert_close(merged, ops.moments(x, 2), rtol=1e-5, atol=0)

@@ -1,0 +1,284 @@
+"""Whole models from digital to analog layers and back."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from triton_analog.config import ConfigError, TorchInferenceRPUConfig
+from triton_analog.nn.base import AnalogLayerBase, check_config
+from triton_analog.nn.containers import AnalogSequential, AnalogWrapper
+from triton_analog.nn.linear import AnalogLinear
+
+logger = logging.getLogger(__name__)
+
+CONVERSION_MAP: dict[type[nn.Module], Any] = {
+    nn.Linear: AnalogLinear,
+    nn.Sequential: AnalogSequential,
+}
+"""The analog class of every torch class that :func:`convert_to_analog` replaces; it has ``from_digital(module, config)``
+and ``to_digital(module)``."""
+
+ConfigFunction = Callable[[str, nn.Module, TorchInferenceRPUConfig], TorchInferenceRPUConfig]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+# ---- To analog --------------------------------------------------------------------------------------------------------
+
+
+def convert_to_analog(
+    module: nn.Module,
+    rpu_config: TorchInferenceRPUConfig,
+    conversion_map: dict[type[nn.Module], Any] | None = None,
+    specific_rpu_config_fun: ConfigFunction | None = None,
+    module_name: str = "",
+    ensure_analog_root: bool = True,
+    exclude_modules: list[str] | None = None,
+    inplace: bool = False,
+    verbose: bool = False,
+) -> Any:
+    """``module`` with its torch layers replaced by analog ones.
+
+    Parameters keep their values, ``requires_grad``, device and dtype; tied parameters stay tied and shared modules shared;
+    training mode and forward and backward hooks stay. With ``inplace=True`` the parameters are the very same objects.
+    Modules that are analog already stay as they are. Subclasses of a class in the map are not replaced, as their own
+    forward would be lost, nor are weights that a hook or parametrization computes, nor ``nn.MultiheadAttention``, which
+    calls its projections as functions: one warning names them all. Everything is checked before anything is changed.
+
+    Args:
+        module: The model, or a single layer.
+        rpu_config: What to simulate; every layer gets a copy.
+        conversion_map: Analog class by exact torch class, in place of :data:`CONVERSION_MAP`.
+        specific_rpu_config_fun: ``(full name, module, copy of rpu_config) -> config`` chooses the config of each layer.
+        module_name: Name of ``module`` itself, the prefix of all full names.
+        ensure_analog_root: Give the result the methods of an analog container (:class:`AnalogWrapper`) if it has none.
+        exclude_modules: Full names of modules to leave digital, with everything below them. A module that is shared is
+            left digital under all its names.
+        inplace: Change ``module`` itself instead of a deep copy; layers that were replaced lose their tensors.
+        verbose: Print every replacement.
+
+    Returns:
+        The converted model. It is the object ``module`` if ``inplace`` and ``module`` itself was not replaced.
+
+    Raises:
+        ConfigError: a config is not valid.
+        ValueError: ``exclude_modules`` holds a name that is not in the model.
+        TypeError: an argument of another type.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}; a torch.nn.Module is needed")
+    check_config(rpu_config)
+    if not inplace:
+        module = copy.deepcopy(module)
+    classes = CONVERSION_MAP if conversion_map is None else conversion_map
+    _check_map(classes)
+    excluded = _find_excluded(module, module_name, exclude_modules)
+    layers, left = _select(module, module_name, classes, excluded)
+    configs = {
+        id(layer): _choose_config(name, layer, rpu_config, specific_rpu_config_fun)
+        for name, layer in layers
+        if not issubclass(classes[type(layer)], AnalogSequential)
+    }
+    chosen = {id(layer): layer for _, layer in layers}
+
+    def convert(name: str, old: nn.Module) -> nn.Module:
+        if id(old) not in chosen:
+            return old
+        analog_class = classes[type(old)]
+        new = analog_class.from_digital(old, configs.get(id(old)))
+        # The same dictionaries, so that the handles of the hooks can still remove them.
+        new.__dict__.update({hooks: old.__dict__[hooks] for hooks in _HOOKS})
+        if inplace:
+            getattr(analog_class, "move_to_meta", AnalogLayerBase.move_to_meta)(old)
+        if verbose:
+            print(f"{name or type(old).__name__}: {type(old).__name__} -> {analog_class.__name__}")
+        return new
+
+    if left:
+        warnings.warn(_describe(left), stacklevel=2)
+    root = _replace(module, module_name, convert, {})
+    _set_fast_paths(root)
+    return AnalogWrapper(root) if ensure_analog_root else root
+
+
+def _check_map(classes: Any) -> None:
+    good = isinstance(classes, dict) and all(
+        isinstance(torch_class, type) and hasattr(analog_class, "from_digital")
+        for torch_class, analog_class in classes.items()
+    )
+    if not good:
+        raise TypeError(
+            f"conversion_map: got {classes!r}; a dict from torch classes to analog classes with from_digital is needed, "
+            "such as {torch.nn.Linear: AnalogLinear}"
+        )
+
+
+def _find_excluded(module: nn.Module, module_name: str, names: Any) -> set[int]:
+    """The ids of all modules to leave alone."""
+    if names is None:
+        return set()
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"exclude_modules: got {names!r}; a list of full module names is needed, such as ['encoder.head']"
+        )
+    modules = dict(module.named_modules(prefix=module_name, remove_duplicate=False))
+    for name in names:
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "names are those of named_modules()"
+            raise ValueError(f"exclude_modules: no module is called {name!r}; {hint}")
+    return {id(below) for name in names for below in modules[name].modules()}
+
+
+def _select(
+    module: nn.Module, module_name: str, classes: dict[type[nn.Module], Any], excluded: set[int]
+) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
+    """The modules to replace, and those that look as if they should be but cannot: ``(name, reason)``."""
+    layers, left = [], []
+    skip = set(excluded)
+    kinds = tuple(torch_class for torch_class, analog in classes.items() if not issubclass(analog, AnalogSequential))
+    for name, candidate in module.named_modules(prefix=module_name):
+        kind = type(candidate)
+        if id(candidate) in skip:
+            continue
+        if isinstance(candidate, AnalogLayerBase):
+            if not candidate.IS_CONTAINER:
+                skip.update(map(id, candidate.modules()))
+        elif kind in classes:
+            if _has_computed_weights(candidate):
+                left.append((name, "its weight is computed by a hook"))
+            else:
+                layers.append((name, candidate))
+        elif is_parametrized(candidate) and issubclass(kind, kinds):
+            left.append((name, "its weight is computed by a parametrization"))
+        elif isinstance(candidate, nn.MultiheadAttention):
+            skip.update(map(id, candidate.modules()))
+            left.append((name, f"{kind.__name__} calls its projections as functions"))
+        elif issubclass(kind, kinds):
+            left.append((name, f"{kind.__name__} is a subclass with a forward of its own"))
+    return layers, left
+
+
+def _has_computed_weights(module: nn.Module) -> bool:
+    """Whether a hook makes a weight from parameters of longer names, as weight_norm, spectral_norm and pruning do."""
+    return any(
+        isinstance(value, Tensor) and any(parameter.startswith(f"{name}_") for parameter in module._parameters)
+        for name, value in vars(module).items()
+    )
+
+
+def _choose_config(
+    name: str, layer: nn.Module, rpu_config: TorchInferenceRPUConfig, function: ConfigFunction | None
+) -> TorchInferenceRPUConfig:
+    """This layer's own copy of the config, as the user's function changed it."""
+    config = copy.deepcopy(rpu_config)
+    if function is None:
+        return config
+    try:
+        return check_config(function(name, layer, config))
+    except ConfigError as error:
+        raise ConfigError(f"specific_rpu_config_fun for {name!r}: {error}") from error
+
+
+def _describe(left: list[tuple[str, str]]) -> str:
+    names = "; ".join(f"{name or '(root)'}: {reason}" for name, reason in left)
+    return (
+        f"convert_to_analog left {len(left)} module(s) digital. {names}. "
+        "Add their classes to conversion_map to convert them, or their names to exclude_modules if this is intended."
+    )
+
+
+# ---- To digital -------------------------------------------------------------------------------------------------------
+
+
+def convert_to_digital(
+    module: nn.Module, conversion_set: set[type[nn.Module]] | None = None, module_name: str = "", inplace: bool = False
+) -> Any:
+    """``module`` with its analog layers replaced by torch ones and its analog wrappers taken off.
+
+    Weights and biases stay, with ties, sharing, mode and hooks; input ranges, learned clips and configs are left behind.
+
+    Args:
+        module: The model, or a single layer.
+        conversion_set: The analog classes to replace; default: every one that can be (has ``to_digital``).
+        module_name: Name of ``module`` itself, the prefix of the names in the log.
+        inplace: Change ``module`` itself instead of a deep copy.
+
+    Raises:
+        TypeError: ``conversion_set`` is no set of classes with ``to_digital``, or ``module`` is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {type(module).__name__}; a torch.nn.Module is needed")
+    if conversion_set is not None and not (
+        isinstance(conversion_set, set | frozenset) and all(hasattr(kind, "to_digital") for kind in conversion_set)
+    ):
+        raise TypeError(f"conversion_set: got {conversion_set!r}; a set of analog classes with to_digital is needed")
+    if not inplace:
+        module = copy.deepcopy(module)
+
+    def convert(name: str, old: nn.Module) -> nn.Module:
+        if isinstance(old, AnalogWrapper):
+            return AnalogWrapper.to_digital(old)
+        can_be = isinstance(old, AnalogLayerBase) and hasattr(old, "to_digital")
+        if not can_be if conversion_set is None else type(old) not in conversion_set:
+            return old
+        kind: Any = type(old)
+        new = kind.to_digital(old)
+        new.__dict__.update({hooks: old.__dict__[hooks] for hooks in _HOOKS})
+        logger.debug("%s: %s -> %s", name, kind.__name__, type(new).__name__)
+        return new
+
+    root = _replace(module, module_name, convert, {})
+    _set_fast_paths(root)
+    return root
+
+
+# ---- Shared -----------------------------------------------------------------------------------------------------------
+
+
+def _replace(
+    module: nn.Module,
+    name: str,
+    convert: Callable[[str, nn.Module], nn.Module],
+    done: dict[int, tuple[nn.Module, nn.Module]],
+) -> nn.Module:
+    """``convert(name, module)`` for ``module`` and everything below it, each module once; returns the new root."""
+    if id(module) not in done:
+        new = convert(name, module)
+        done[id(module)] = (module, new)  # the old one too: an id is only unique while its object lives
+        for child_name, child in list(new._modules.items()):
+            if child is not None:
+                new_child = _replace(child, f"{name}.{child_name}" if name else child_name, convert, done)
+                if new_child is not child:
+                    new._modules[child_name] = new_child
+    return done[id(module)][1]
+
+
+def _set_fast_paths(root: nn.Module) -> None:
+    """Keep torch's fused evaluation of transformer layers, which bypasses sublayers, to those without analog layers."""
+    for layer in root.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            act = layer.activation
+            if any(isinstance(below, AnalogLayerBase) for below in layer.modules()):
+                layer.activation_relu_or_gelu = 0
+            elif act is nn.functional.relu or isinstance(act, nn.ReLU):
+                layer.activation_relu_or_gelu = 1
+            elif act is nn.functional.gelu or isinstance(act, nn.GELU):
+                layer.activation_relu_or_gelu = 2

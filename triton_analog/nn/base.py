@@ -1,0 +1,522 @@
+"""What analog modules share: how their analog layers are found, and the state and product of a layer with one matrix."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from triton_analog import ops
+from triton_analog.config import (
+    ConfigError,
+    TorchInferenceRPUConfig,
+    WeightClipType,
+    WeightNoiseInjectionType,
+    WeightQuantizationType,
+)
+from triton_analog.functional import analog_linear, update_input_range
+from triton_analog.ops.input_range import recomputing
+from triton_analog.reference import num_slices, split_sizes
+
+STATE_BYTES = 1024
+"""Length of the config in a state dict: padded, so that loaders that fill existing tensors find one of the same size."""
+
+_QUANTIZATION = {
+    WeightQuantizationType.NONE: "none",
+    WeightQuantizationType.DISCRETIZE: "per_tensor",
+    WeightQuantizationType.DISCRETIZE_PER_CHANNEL: "per_channel",
+}
+_NOISE = {
+    WeightNoiseInjectionType.NONE: "none",
+    WeightNoiseInjectionType.ADD_NORMAL: "per_tensor",
+    WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL: "per_channel",
+}
+_PER_CHANNEL_CLIP = (WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, WeightClipType.LEARNABLE_PER_CHANNEL)
+
+
+class AnalogLayerBase(nn.Module):
+    """Anything analog: a layer, or a container of layers (``IS_CONTAINER``)."""
+
+    IS_CONTAINER: ClassVar[bool] = False
+    """Whether this is not a layer itself but has layers below it."""
+
+    def named_analog_layers(self) -> Iterator[tuple[str, AnalogLayerBase]]:
+        """Name and layer of every analog layer at or below this module, each once, without containers."""
+        for name, module in self.named_modules():
+            if isinstance(module, AnalogLayerBase) and not module.IS_CONTAINER:
+                yield name, module
+
+    def analog_layers(self) -> Iterator[AnalogLayerBase]:
+        """Every analog layer at or below this module, each once, without containers."""
+        for _, layer in self.named_analog_layers():
+            yield layer
+
+    def apply_to_analog_layers(self, fn: Callable[[AnalogLayerBase], Any]) -> Self:
+        """Call ``fn`` with every analog layer; returns this module."""
+        for layer in self.analog_layers():
+            fn(layer)
+        return self
+
+    def clip_weights(self) -> None:
+        """Clamp the stored weights as the config's Gaussian clip says. An optimizer calls it after each step."""
+        raise NotImplementedError(f"{type(self).__name__} must define clip_weights")
+
+    def quantize_weights(self) -> None:
+        """Replace the stored weights by their clipped and quantized values, for good."""
+        raise NotImplementedError(f"{type(self).__name__} must define quantize_weights")
+
+    @classmethod
+    def move_to_meta(cls, module: nn.Module) -> None:
+        """Drop the parameters of a digital ``module`` that was converted, so that a reference to it holds no memory.
+
+        The parameters themselves live on in the analog layer: ``module.to("meta")`` could empty them.
+        """
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+class AnalogMatrixLayer(AnalogLayerBase):
+    """A layer around one analog product with ``weight``, seen as a matrix ``[N, K]``.
+
+    A subclass also derives from the torch layer that it stands for, calls :meth:`init_analog` once that has created
+    ``weight`` and ``bias``, and :meth:`analog_matmul` in its forward. With ``S`` slices of the ``K`` inputs, the layer
+    may also hold
+
+    - ``input_range [S]``: the stored input ranges (a parameter; its magnitude counts),
+    - ``learnable_weight_clip [S, N]``: the learned clip (a parameter; its magnitude counts),
+    - ``input_range_update_idx [S]``, ``x_min [S]``, ``x_max [S]``: batches seen by the start-up of the ranges, and
+      the running extreme values of its fast mode (buffers).
+
+    ``tile_shape`` is ``(N, K)``, also while a sharding library keeps the weight in another shape. ``rpu_config`` is this
+    layer's own copy. Numbers in it may be changed at any time (a compiled layer is then compiled anew);
+    :meth:`reconfigure` also adds and removes the parameters that another config needs. The config travels in the state
+    dict (``_extra_state``) and is restored from it; to keep the layer's own, drop that key and load with
+    ``strict=False``.
+    """
+
+    weight: Tensor
+    bias: Any
+    input_range: nn.Parameter | None
+    learnable_weight_clip: nn.Parameter | None
+    input_range_update_idx: Tensor | None
+    x_min: Tensor | None
+    x_max: Tensor | None
+    rpu_config: TorchInferenceRPUConfig
+    tile_shape: tuple[int, ...]
+    _forwards_seen: int | None
+    _checked: TorchInferenceRPUConfig | None
+
+    process_group: Any = "world"
+    """Ranks that share the statistics of the input range's start-up: ``"world"`` is every rank once ``torch.distributed``
+    is initialised, None is this rank alone, or a process group. Set it on the layer where not every rank runs the layer
+    in every step (pipelines, experts): the ranks of the group wait for each other.
+    """
+
+    # ---- Construction -------------------------------------------------------------------------------------------------
+
+    def init_analog(self, rpu_config: TorchInferenceRPUConfig | None) -> None:
+        """Take a copy of ``rpu_config`` and create the parameters and buffers that it needs.
+
+        Raises:
+            ConfigError: no config, something that is no config, or one that is not valid.
+        """
+        self.rpu_config = copy.deepcopy(check_config(rpu_config))
+        self.tile_shape = tuple(self.matrix.shape)
+        for name in ("input_range", "learnable_weight_clip"):
+            self.register_parameter(name, None)
+        for name in ("input_range_update_idx", "x_min", "x_max"):
+            self.register_buffer(name, None)
+        self._fit_state()
+
+    def take_parameters(self, module: nn.Module) -> None:
+        """Continue with the parameters (the same objects), device and mode of the digital ``module``.
+
+        Raises:
+            ValueError: its weight is not a parameter but computed by a hook or parametrization.
+        """
+        own: Any = module._parameters
+        if own.get("weight") is None:
+            raise ValueError(
+                f"module: the weight of this {type(module).__name__} is not a parameter but computed from others "
+                "(weight_norm, pruning, a parametrization); remove that first, or leave the layer digital"
+            )
+        self.weight, self.bias = own["weight"], own["bias"]
+        self.training = module.training
+        self.input_range = self.learnable_weight_clip = None
+        self._fit_state()
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as torch does, and the analog state anew."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "input_range" in self._parameters:  # torch's constructor comes here before there is any analog state
+            self.reset_analog_state()
+
+    @torch.no_grad()
+    def reset_analog_state(self) -> None:
+        """Ranges at their initial value with the start-up still to come; a learned clip at the largest weights."""
+        if self.input_range is not None:
+            self.input_range.fill_(self.rpu_config.pre_post.input_range.init_value)
+            for buffer in (self.input_range_update_idx, self.x_min, self.x_max):
+                assert buffer is not None
+                buffer.zero_()
+        self._forwards_seen = None
+        self.reset_weight_clip()
+
+    @torch.no_grad()
+    def reset_weight_clip(self) -> None:
+        """Set a learned clip to the largest weight of each slice and channel, in place."""
+        if self.learnable_weight_clip is not None:
+            self.learnable_weight_clip.copy_(ops.absmax(self.matrix, self.slices))
+
+    def _fit_state(self) -> None:
+        """Create the parameters and buffers that the config needs and that are missing; drop those it does not."""
+        range_ = self.rpu_config.pre_post.input_range
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        if not _is_static(self.rpu_config):
+            self.input_range = self.input_range_update_idx = self.x_min = self.x_max = None
+        elif self.input_range is None:
+            start = torch.full((self.slices,), range_.init_value, **like)
+            self.input_range = nn.Parameter(start, requires_grad=range_.learn_input_range)
+            # An integer: a counter in half precision stops growing at 256.
+            self.input_range_update_idx = torch.zeros(self.slices, dtype=torch.int64, device=self.weight.device)
+            self.x_min, self.x_max = torch.zeros(self.slices, **like), torch.zeros(self.slices, **like)
+        if not _learns_clip(self.rpu_config):
+            self.learnable_weight_clip = None
+        elif self.learnable_weight_clip is None:
+            self.learnable_weight_clip = nn.Parameter(torch.empty(self.slices, self.tile_shape[0], **like))
+            self.reset_weight_clip()
+        self._forwards_seen = None
+        self._checked = None
+
+    # ---- Configuration ------------------------------------------------------------------------------------------------
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as the tiles see it: ``[N, K]``."""
+        return self.weight.flatten(1)
+
+    @property
+    def slices(self) -> int:
+        """Number of slices ``S`` of the ``K`` inputs."""
+        return num_slices(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
+
+    @property
+    def in_sizes(self) -> list[int]:
+        """Width of every slice."""
+        return split_sizes(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
+
+    def reconfigure(self, rpu_config: TorchInferenceRPUConfig) -> None:
+        """Change to a copy of ``rpu_config``, adding and removing parameters as it needs; the others keep their values.
+
+        An optimizer that exists already does not know parameters added here.
+
+        Raises:
+            ConfigError: the config is not valid or cuts the inputs into other slices. The layer is then unchanged.
+        """
+        check_config(rpu_config)
+        new, old = split_sizes(self.tile_shape[1], rpu_config.mapping.max_input_size), self.in_sizes
+        if new != old:
+            raise ConfigError(
+                f"mapping.max_input_size: got {rpu_config.mapping.max_input_size}, which cuts {sum(new)} inputs into slices "
+                f"of {new}, but this layer has slices of {old}; build the layer with that max_input_size instead"
+            )
+        learned = self.rpu_config.pre_post.input_range.learn_input_range
+        self.rpu_config = copy.deepcopy(rpu_config)
+        if self.input_range is not None and rpu_config.pre_post.input_range.learn_input_range != learned:
+            self.input_range.requires_grad_(not learned)
+        self._fit_state()
+
+    def _check_state(self) -> None:
+        """The config, changed by hand since it was last seen, is valid and fits the parameters there are."""
+        self.rpu_config.validate()
+        S, N = self.slices, self.tile_shape[0]
+        for path, parameter, shape in (
+            ("pre_post.input_range", self.input_range, (S,) if _is_static(self.rpu_config) else None),
+            ("clip.type", self.learnable_weight_clip, (S, N) if _learns_clip(self.rpu_config) else None),
+        ):
+            own = None if parameter is None else tuple(parameter.shape)
+            if own != shape:
+                raise ConfigError(
+                    f"{path}: the config was changed and now needs {shape or 'no parameter'} here, but the layer was built "
+                    f"with {own or 'none'}; hand a changed copy of the config to layer.reconfigure, or build a new layer"
+                )
+
+    def _settings(self) -> dict[str, Any]:
+        """The config as keyword arguments of ``analog_linear``, checked again whenever it has changed."""
+        if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
+            return {name: _constant(value) for name, value in settings(self.rpu_config).items()}
+        if self.rpu_config != self._checked:
+            self._check_state()
+            self._checked = copy.deepcopy(self.rpu_config)
+        return settings(self.rpu_config)
+
+    # ---- Forward ------------------------------------------------------------------------------------------------------
+
+    def analog_matmul(self, x: Tensor) -> Tensor:
+        """``x [..., K]`` times the analog matrix, plus the bias: ``[..., N]``.
+
+        In training, a stored input range first learns from ``x`` while its start-up lasts.
+        """
+        keywords = self._settings()
+        if self.training and self.input_range is not None:
+            self._update_input_range(x)
+        return analog_linear(
+            x,
+            self.matrix,
+            self.bias,
+            input_range=self.input_range,
+            weight_clip=self.learnable_weight_clip,
+            training=self.training,
+            **keywords,
+        )
+
+    def _update_input_range(self, x: Tensor) -> None:
+        range_ = self.rpu_config.pre_post.input_range
+        group = self._statistics_group()
+        if range_.init_from_data <= 0 or (group is not None and self._startup_is_over(range_.init_from_data)):
+            return
+        assert self.input_range is not None
+        assert self.input_range_update_idx is not None
+        update_input_range(
+            x,
+            self.input_range,
+            self.input_range_update_idx,
+            max_input_size=_constant(self.rpu_config.mapping.max_input_size),
+            init_from_data=_constant(range_.init_from_data),
+            init_std_alpha=_constant(range_.init_std_alpha),
+            fast_mode=range_.fast_mode,
+            x_min=self.x_min,
+            x_max=self.x_max,
+            act_range_momentum=_constant(range_.act_range_momentum),
+            process_group=group,
+        )
+
+    def _statistics_group(self) -> Any:
+        """The ranks to share statistics with, or None."""
+        if not isinstance(self.process_group, str):
+            return self.process_group
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return dist.group.WORLD
+        return None
+
+    def _startup_is_over(self, init_from_data: int) -> bool:
+        """Whether enough training forwards were seen, counted on the host so that ranks stop waiting for each other.
+
+        The device's counter is read once, in the first forward after construction or a restart. A compiled forward must
+        not change Python state, so it goes on asking the device. A forward recomputed in the backward neither counts nor
+        communicates.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        if recomputing():
+            return True
+        if self._forwards_seen is None:
+            assert self.input_range_update_idx is not None
+            self._forwards_seen = int(self.input_range_update_idx.min())
+        self._forwards_seen += 1
+        return self._forwards_seen > init_from_data
+
+    # ---- Weights ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_weights(self, weight: Tensor) -> None:
+        """Copy ``weight`` (of the shape of ``self.weight``) into the layer; a learned clip starts anew from it, in place.
+
+        Raises:
+            ValueError: another shape.
+        """
+        _check_shape("weight", weight, self.weight)
+        self.weight.copy_(weight)
+        self.reset_weight_clip()
+
+    @torch.no_grad()
+    def set_weights_and_biases(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """:meth:`set_weights`, and copy ``bias [N]`` if one is given.
+
+        Raises:
+            ValueError: another shape, or a bias for a layer without one.
+        """
+        if bias is not None:
+            if self.bias is None:
+                raise ValueError(
+                    "bias: given, but this layer was built with bias=False; pass None or build it with a bias"
+                )
+            _check_shape("bias", bias, self.bias)
+        self.set_weights(weight)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+
+    def get_weights_and_biases(self) -> tuple[Tensor, Tensor | None]:
+        """Copies of weight and bias (None without one), detached."""
+        return self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone()
+
+    @torch.no_grad()
+    def clip_weights(self) -> None:
+        """Clamp the stored weight to ``clip.sigma`` standard deviations of the matrix, or of each of its rows.
+
+        Only for the Gaussian kinds of clip; others do nothing here. The deviation is the unbiased one, in fp32. Nothing
+        waits for the device.
+        """
+        clip, weight = self.rpu_config.clip, self.weight.detach()
+        if clip.type is WeightClipType.LAYER_GAUSSIAN:
+            dims = tuple(range(weight.ndim))
+        elif clip.type is WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL:
+            dims = tuple(range(1, weight.ndim))
+        else:
+            return
+        if prod(weight.shape[dim] for dim in dims) < 2:
+            return  # a single number has no deviation
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        bound = clip.sigma * wide.std(dim=dims, keepdim=True)
+        weight.clamp_(-bound, bound)
+
+    @torch.no_grad()
+    def quantize_weights(self) -> None:
+        """Replace the stored weight by its clipped and quantized value and switch both off in this layer's config.
+
+        A learned clip is dropped with it, and with a clip per channel the bound of the ADC becomes one per slice.
+        """
+        modifier, clip = self.rpu_config.modifier, self.rpu_config.clip
+        quantized, _ = ops.weight(
+            self.matrix,
+            self.slices,
+            clip=self.learnable_weight_clip,
+            quantization=_QUANTIZATION[modifier.quantization_type],
+            res=modifier.res,
+        )
+        self.weight.copy_(quantized.view_as(self.weight))
+        modifier.quantization_type = WeightQuantizationType.NONE
+        clip.type = WeightClipType.NONE
+        self._fit_state()
+
+    # ---- State --------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The config as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""
+        text = json.dumps(self.rpu_config.to_dict()).ljust(STATE_BYTES)
+        return torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Change to the config in ``state``, as :meth:`reconfigure` does.
+
+        Raises:
+            ConfigError: ``state`` holds no config, or one that does not fit. The layer is then unchanged.
+        """
+        self.reconfigure(_decode(state, type(self.rpu_config)))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # The config comes first: it decides which parameters there are to be filled.
+        state = state_dict.get(prefix + "_extra_state")
+        if state is not None:
+            try:
+                self.set_extra_state(state)
+            except ConfigError as error:
+                error_msgs.append(f"{prefix}_extra_state: {error}")
+                return
+        counter = state_dict.get(prefix + "input_range_update_idx")
+        if counter is not None and counter.is_floating_point():
+            # AIHWKIT-Lightning's files: -inf there is a calibrated range, whose start-up is over.
+            over = self.rpu_config.pre_post.input_range.init_from_data
+            state_dict[prefix + "input_range_update_idx"] = torch.where(counter.isfinite(), counter, over).long()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._forwards_seen = None
+        if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
+            self.reset_weight_clip()
+
+    def extra_repr(self) -> str:
+        changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
+        return ", ".join([super().extra_repr(), f"slices={self.in_sizes}", *changes])
+
+
+# ---- The config and the numbers made from it ----------------------------------------------------------------------------
+
+
+def check_config(rpu_config: Any) -> TorchInferenceRPUConfig:
+    """``rpu_config`` itself, once it is known to be a valid config.
+
+    Raises:
+        ConfigError: it is missing, of another type, or not valid.
+    """
+    if not isinstance(rpu_config, TorchInferenceRPUConfig):
+        given = "nothing" if rpu_config is None else repr(rpu_config)
+        raise ConfigError(
+            f"rpu_config: got {given}; pass a config object, such as rpu_config=TorchInferenceRPUConfig()"
+        )
+    rpu_config.validate()
+    return rpu_config
+
+
+def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:
+    """``config`` as keyword arguments of :func:`triton_analog.functional.analog_linear`."""
+    io, modifier, range_ = config.forward, config.modifier, config.pre_post.input_range
+    return {
+        "dynamic_input_range": range_.enable and range_.dynamic,
+        "max_input_size": config.mapping.max_input_size,
+        "inp_res": io.inp_res,
+        "out_noise": io.out_noise,
+        "out_noise_per_channel": io.out_noise_per_channel,
+        "out_bound": io.out_bound,
+        "out_bound_per_channel": config.clip.type in _PER_CHANNEL_CLIP,
+        "out_res": io.out_res,
+        "weight_quantization": _QUANTIZATION[modifier.quantization_type],
+        "weight_res": modifier.res,
+        "weight_noise": _NOISE[modifier.noise_type],
+        "weight_noise_std": modifier.std_dev,
+        "range_decay": range_.decay,
+        "input_min_percentage": range_.input_min_percentage,
+        "fast_mode": range_.fast_mode,
+    }
+
+
+def _constant(value: Any) -> Any:
+    """``value`` itself. A compiler that takes numbers of a changed config for variables makes a constant of it: it must
+    know the value to put it into a set.
+    """
+    (known,) = {value}
+    return known
+
+
+def _is_static(config: TorchInferenceRPUConfig) -> bool:
+    """Whether a layer with this config stores its input ranges."""
+    return config.pre_post.input_range.enable and not config.pre_post.input_range.dynamic
+
+
+def _learns_clip(config: TorchInferenceRPUConfig) -> bool:
+    return config.clip.type is WeightClipType.LEARNABLE_PER_CHANNEL
+
+
+def _decode(state: Any, kind: type[TorchInferenceRPUConfig]) -> TorchInferenceRPUConfig:
+    """The config in a ``uint8`` tensor of JSON, also after a cast of the whole state dict to another dtype."""
+    try:
+        values = json.loads(bytes(state.detach().to("cpu", torch.uint8).tolist()))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"extra state: got {type(state).__name__}, which is not a uint8 tensor with the JSON of a config ({error}); "
+            "drop the key and load with strict=False to keep the config of the layer"
+        ) from error
+    return kind.from_dict(values)
+
+
+def _check_shape(name: str, given: Tensor, own: Tensor) -> None:
+    if given.shape != own.shape:
+        raise ValueError(f"{name}: got shape {tuple(given.shape)}; {tuple(own.shape)} is needed")

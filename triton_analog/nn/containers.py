@@ -1,0 +1,117 @@
+"""Modules that hold analog layers: a sequence, and a wrapper that makes a container of any module."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+from torch import nn
+from typing_extensions import Self
+
+from triton_analog.nn.base import AnalogLayerBase
+
+
+class AnalogContainerBase(AnalogLayerBase):
+    """A module that is no analog layer itself but has some below it."""
+
+    IS_CONTAINER: ClassVar[bool] = True
+
+    def clip_weights(self) -> None:
+        """Call ``clip_weights`` of every analog layer."""
+        for layer in self.analog_layers():
+            layer.clip_weights()
+
+    def quantize_weights(self) -> None:
+        """Call ``quantize_weights`` of every analog layer."""
+        for layer in self.analog_layers():
+            layer.quantize_weights()
+
+
+class AnalogSequential(AnalogContainerBase, nn.Sequential):
+    """``torch.nn.Sequential`` with the methods of an analog container."""
+
+    @classmethod
+    def from_digital(cls, module: nn.Sequential, rpu_config: Any = None) -> Self:
+        """A container of the same children, hooks, mode and attributes as ``module``."""
+        return _retype(module, cls)
+
+    @classmethod
+    def to_digital(cls, module: AnalogSequential) -> nn.Sequential:
+        """The reverse of :meth:`from_digital`."""
+        return _retype(module, nn.Sequential)
+
+
+class AnalogWrapper(AnalogContainerBase):
+    """``AnalogWrapper(model)`` gives ``model`` the methods of an analog container, and returns it.
+
+    The instance itself is changed: it moves to a subclass of its class, made once per class, that also derives from
+    ``AnalogWrapper``. Name, state dict, hooks and ``isinstance`` of the original class stay as they are. A module that is
+    analog already is returned as it is.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+
+    _original: ClassVar[type[nn.Module]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is not AnalogWrapper:
+            return super().__new__(cls)
+        (model,) = args
+        if isinstance(model, AnalogLayerBase):
+            return model
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
+        model.__class__ = _wrapper_class(type(model))
+        return model
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Python initialises what __new__ returned; a model that is being wrapped has been initialised before.
+        if not (args and args[0] is self):
+            super().__init__(*args, **kwargs)
+
+    @classmethod
+    def to_digital(cls, module: AnalogWrapper) -> nn.Module:
+        """Give ``module`` its original class back; the instance itself is changed and returned."""
+        module.__class__ = module._original  # type: ignore[assignment]
+        return module
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class made here cannot be found by name, so the original is rebuilt in its own way and wrapped again.
+        reduced: Any = super().__reduce_ex__(protocol)
+        func, args, *rest = reduced
+        func, *args = (self._original if value is type(self) else value for value in (func, *args))
+        return (_rebuild, (func, tuple(args)), *rest)
+
+
+_wrapper_classes: WeakValueDictionary[type[nn.Module], type[AnalogWrapper]] = WeakValueDictionary()
+
+
+def _wrapper_class(original: type[nn.Module]) -> type[AnalogWrapper]:
+    """The subclass for ``original``: one per class object, as two classes may share a name."""
+    wrapper = _wrapper_classes.get(original)
+    if wrapper is None:
+        body = {
+            "__module__": original.__module__,
+            "__qualname__": f"AnalogWrapper[{original.__qualname__}]",
+            "__doc__": original.__doc__,
+            "_original": original,
+        }
+        wrapper = types.new_class(original.__name__, (AnalogWrapper, original), {}, lambda space: space.update(body))
+        _wrapper_classes[original] = wrapper
+    return wrapper
+
+
+def _rebuild(func: Any, args: tuple[Any, ...]) -> Any:
+    """Recreate a wrapped module from the way in which its original class is recreated."""
+    return AnalogWrapper(func(*args))
+
+
+def _retype(module: nn.Module, cls: Any) -> Any:
+    """A module of class ``cls`` with everything that ``module`` has; tensors, children and hooks are shared."""
+    new = cls.__new__(cls)
+    new.__dict__.update(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[name] = module.__dict__[name].copy()
+    return new

@@ -1,0 +1,65 @@
+"""A fully connected layer on analog tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.nn.base import AnalogMatrixLayer
+
+
+class AnalogLinear(AnalogMatrixLayer, nn.Linear):
+    """``torch.nn.Linear`` computed on analog tiles.
+
+    Args:
+        in_features: Size ``K`` of each input.
+        out_features: Size ``N`` of each output.
+        bias: Whether to add a (digital) bias ``[N]``.
+        device: Where the parameters are created.
+        dtype: Their dtype: float32, bfloat16, float16 or float64.
+        rpu_config: What to simulate; the layer takes a copy.
+
+    Raises:
+        ConfigError: ``rpu_config`` is missing or not valid.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        rpu_config: TorchInferenceRPUConfig | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.init_analog(rpu_config)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input [..., K]`` to ``[..., N]``."""
+        return self.analog_matmul(input)
+
+    @classmethod
+    def from_digital(cls, module: nn.Linear, rpu_config: TorchInferenceRPUConfig) -> Self:
+        """An analog layer with the very parameters of ``module``, in its mode and on its device.
+
+        Raises:
+            ConfigError: ``rpu_config`` is not valid.
+            ValueError: the weight of ``module`` is computed from other parameters.
+        """
+        layer = cls(module.in_features, module.out_features, device="meta", bias=False, rpu_config=rpu_config)
+        layer.take_parameters(module)
+        return layer
+
+    @classmethod
+    def to_digital(cls, module: AnalogLinear) -> nn.Linear:
+        """A torch layer with the very parameters of the analog ``module``, in its mode; ranges and clip are left behind."""
+        layer = nn.Linear(module.in_features, module.out_features, device="meta", bias=False)
+        own: Any = module._parameters
+        layer.weight, layer.bias = own["weight"], own["bias"]
+        layer.training = module.training
+        return layer

@@ -1,0 +1,54 @@
+# Every target sets up what it needs: only Python >= 3.10 and make have to be there.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+.PHONY: help demo test test-oldest bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/ready  ## train on handwritten digits and compare the accuracy under weight noise (DEMO_ARGS)
+	.venv/bin/python examples/digits.py $(DEMO_ARGS)
+
+test: .venv/ready  ## ruff, mypy and the tests (PYTEST_ARGS)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions (PYTEST_ARGS)
+	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+bench: .venv/bench  ## time every operation (BENCH_ARGS)
+	.venv/bin/python -m pytest bench $(BENCH_ARGS)
+
+clean:  ## remove the environments and everything generated
+	rm -rf .venv .venv-oldest out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/ready: constraints.txt pyproject.toml
+	$(call install,.venv,constraints.txt)
+
+.venv-oldest/ready: constraints-oldest.txt pyproject.toml
+	$(call install,.venv-oldest,constraints-oldest.txt)
+
+.venv/bench: .venv/ready
+	.venv/bin/pip install -q -c .venv/constraints.txt pytest-benchmark
+	@touch $@
+
+# torch goes first and alone. A build of torch for CUDA brings the Triton that it needs, which then replaces the pinned
+# one; a build for the CPU brings none.
+define install
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install -q -c $(2) --upgrade pip
+	grep -v '^triton==' $(2) > $(1)/constraints.txt
+	$(1)/bin/pip install -q -c $(1)/constraints.txt torch
+	$(1)/bin/pip show torch | grep -q '^Requires:.*triton' || grep '^triton==' $(2) >> $(1)/constraints.txt
+	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[test,examples]'
+	$(1)/bin/python -c "import torch, triton, numpy; print('torch', torch.__version__, 'triton', triton.__version__, 'numpy', numpy.__version__)"
+	@touch $@
+endef

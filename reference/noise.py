@@ -61,4 +61,4 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
         for high in range(2):
             for low, z in enumerate(box_muller(words[2 * high], words[2 * high + 1])):
                 out[start : start + len(row), :, high, :, low] = z.reshape(len(row), groups, 4)
-    return torch.from_numpy(out.reshape(rows, 16 * groups)[:, :cols]).to(seed.device)
+    return torch.from_numpy(out.reshape(rows, 16 * groups)[:, :cols]).contiguous().to(seed.device)

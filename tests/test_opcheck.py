@@ -19,12 +19,11 @@ def leaf(*shape):
 
 def samples():
     """Representative arguments of every operator: each optional argument both ways, each differentiable one a leaf."""
-    x, weight, bias, grad = (
-        torch.randn(*s) for s in ((ROWS, FEATURES), (COLUMNS, FEATURES), (COLUMNS,), (ROWS, COLUMNS))
-    )
+    x, weight, grad = (torch.randn(*s) for s in ((ROWS, FEATURES), (COLUMNS, FEATURES), (ROWS, COLUMNS)))
     r, seed, count = torch.tensor([0.5, 1.0, 1.5]), seed_of(3), torch.tensor([0, 5, 9])
     wmax, dynamic = torch.rand(SLICES, COLUMNS) + 0.1, torch.rand(SLICES, ROWS) + 3
     clip, one, mask = torch.rand(SLICES, COLUMNS), torch.ones(1), torch.zeros(SLICES, ROWS, 2, dtype=torch.uint8)
+    learned = leaf(SLICES, COLUMNS)
     linear = (leaf(ROWS, FEATURES), leaf(COLUMNS, FEATURES))
     off = (-1.0, 0.0, None, 0.0, None, -1.0, None)
     return [
@@ -42,7 +41,7 @@ def samples():
         ("input_range_update_fast", (r.clone(), count.clone(), r * -1, r * 2, torch.randn(2, SLICES), 10, 0.9)),
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "per_tensor", 30.0, "per_channel", 0.1, seed, torch.float32)),
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "none", 0.0, "none", 0.0, None, torch.bfloat16)),
-        ("weight", (leaf(COLUMNS, FEATURES), SLICES, leaf(SLICES, COLUMNS), "per_channel", 30.0, "none", 0.0, None, torch.float32)),
+        ("weight", (leaf(COLUMNS, FEATURES), SLICES, learned, "per_channel", 30.0, "none", 0.0, None, torch.float32)),
         ("weight_grad", (weight, weight * 2, clip, SLICES, "per_channel", 30.0)),
         ("matmul", (*linear, None, None, SLICES, *off)),
         ("matmul", (*linear, leaf(COLUMNS), leaf(SLICES), SLICES, 254.0, 0.1, wmax, 1.0, wmax, 254.0, seed)),

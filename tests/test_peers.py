@@ -89,7 +89,9 @@ def test_aihwkits_torch_tile(problem, tile, adc, dac):
 @pytest.mark.parametrize("ranged", ["static", "dynamic", "fast"])
 def test_aihwkit_lightnings_torch_mode(problem, tile, quantization, clip, ranged):
     """Values and every gradient, range and learned clip included, of a layer with the same state; one config each."""
-    pytest.importorskip("aihwkit_lightning", reason="the predecessor is an optional peer: pip install aihwkit-lightning")
+    pytest.importorskip(
+        "aihwkit_lightning", reason="the predecessor is an optional peer: pip install aihwkit-lightning"
+    )
     from aihwkit_lightning.nn import AnalogLinear as LightningLinear
     from aihwkit_lightning.simulator.configs import TorchInferenceRPUConfig as LightningConfig
     from aihwkit_lightning.simulator.configs import WeightClipType, WeightQuantizationType

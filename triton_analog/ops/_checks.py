@@ -191,11 +191,17 @@ def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tenso
         together("x", x, mask=mask)
 
 
-def fits_dtype(name: str, res: float, x: Tensor) -> None:
-    """The converter's integers do not overflow the dtype they are multiplied in."""
-    if x.dtype == torch.float16 and res > 0:
-        steps = max(res, 1 / res)
+def input_converter(inp_res: float, input_range: Tensor | None, x: Tensor) -> None:
+    """The input converter has a range to span, and its integers do not overflow the dtype they are multiplied in."""
+    resolution("inp_res", inp_res)
+    require(
+        inp_res <= 0 or input_range is not None,
+        lambda: f"inp_res: got {inp_res} without input_range; the converter's grid spans the range, so pass one",
+    )
+    if x.dtype == torch.float16 and inp_res > 0:
         require(
-            steps <= 2**16,
-            lambda: f"{name}: {steps:g} steps overflow float16; use at most 2**16 steps, bfloat16 or float32",
+            max(inp_res, 1 / inp_res) <= 2**16,
+            lambda: (
+                f"inp_res: {max(inp_res, 1 / inp_res):g} steps overflow float16; use at most 2**16 steps, bfloat16 or float32"
+            ),
         )

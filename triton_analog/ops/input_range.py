@@ -87,7 +87,7 @@ def launch_range_grad(
     slices, count, _ = parts.shape
     out = torch.empty(slices, dtype=torch.float32, device=parts.device)
     launch(
-        range_grad_kernel, (slices,), parts.device, parts, input_range.contiguous(), out, count, rows, features, slices,
+        range_grad_kernel, (slices,), parts.device, parts, input_range, out, count, rows, features, slices,
         decay, threshold, FAST=fast_mode, ALIGNED=aligned(features, slices), BLOCK_P=block(count, 1024),
     )  # fmt: skip
     return out
@@ -128,11 +128,12 @@ def launch_input_range_grad(
     M, K = x.shape
     width = triton.cdiv(K, slices)
     config = config or default_config(M, width)
+    input_range = input_range.contiguous()
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
     dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
     parts = torch.empty(slices, grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
     launch(
-        input_range_grad_kernel, grid, x.device, grad, x, input_range.contiguous(), dx, parts, M, K, slices,
+        input_range_grad_kernel, grid, x.device, grad, x, input_range, dx, parts, M, K, slices,
         *grad.stride(), *x.stride(), FAST=fast_mode, ALIGNED=aligned(K, slices), **asdict(config),
     )  # fmt: skip
     return dx, launch_range_grad(parts, input_range, M, K, decay, threshold, fast_mode)

@@ -249,12 +249,7 @@ def matmul(
     """
     check.product(x, weight, slices, input_range)
     N = weight.shape[0]
-    check.resolution("inp_res", inp_res)
-    check.require(
-        inp_res <= 0 or input_range is not None,
-        lambda: f"inp_res: got {inp_res} without input_range; the converter's grid spans the range, so pass one",
-    )
-    check.fits_dtype("inp_res", inp_res, x)
+    check.input_converter(inp_res, input_range, x)
     if bias is not None:
         check.require(check.shape_of(bias) == (N,), lambda: f"bias: got shape {check.shape_of(bias)}; ({N},) is needed")
     check.output_stage(input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed)

@@ -98,6 +98,7 @@ def launch_matmul_dgrad(
     clip = input_range is not None
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
     dx = torch.empty(M, K, dtype=x.dtype, device=x.device)
+    input_range = input_range.contiguous() if input_range is not None else None
     parts = torch.empty(slices, grid[0] * grid[1] if clip else 0, 2, dtype=torch.float32, device=x.device)
     launch(
         matmul_dgrad_kernel, grid, x.device, grad, weight, x, input_range, mask, dx, parts, M, N, K, slices,

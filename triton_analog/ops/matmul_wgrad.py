@@ -149,5 +149,5 @@ def matmul_wgrad(
     check.product_grad(grad, x, grad.shape[1], slices, mask)
     check.range_kind(input_range, slices, x.shape[0])
     check.together("x", x, input_range=input_range)
-    check.resolution("inp_res", inp_res)
+    check.input_converter(inp_res, input_range, x)
     return _matmul_wgrad(grad, x, input_range, slices, mask, float(inp_res), dtype or x.dtype)

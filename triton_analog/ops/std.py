@@ -1,7 +1,9 @@
 """Moments and standard deviation per slice, one read of the input (SEMANTICS 8).
 
 Every program finds count, mean and squared deviations of its rows of one slice, tile by tile; a second kernel merges the
-programs' moments. Both merge as Chan et al. (1979), in a fixed order, so two runs give the same bits.
+programs' moments. Both merge as Chan et al. (1979), in a fixed order, so two runs give the same bits. All of it works on
+distances from the slice's first element: a constant slice then has deviation 0 exactly, and a mean far from 0 costs no
+precision.
 """
 
 from __future__ import annotations
@@ -57,43 +59,42 @@ def moments_kernel(
     last_row = tl.minimum(first_row + rows_per_program, M)
     if HAS_ACTIVE:  # a slice that nobody asks for costs one byte
         width = tl.where(tl.load(active_ptr + s) != 0, width, 0)
+    pivot = tl.load(x_ptr + start.to(tl.int64) * stride_k, mask=width > 0, other=0.0).to(tl.float32)
     count, mean, m2 = 0.0, 0.0, 0.0
     for first_k in range(0, width, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         columns = tl.minimum(width - first_k, BLOCK_K)
         for row in range(first_row, last_row, BLOCK_M):
-            m = row + tl.arange(0, BLOCK_M)
+            m = row + tl.arange(0, BLOCK_M).to(tl.int64)
             inside = (m < last_row)[:, None] & (k < width)[None, :]
             address = m[:, None] * stride_m + (start + k)[None, :].to(tl.int64) * stride_k
             x = tl.load(x_ptr + address, mask=inside, other=0.0).to(tl.float32)
+            distance = tl.where(inside, x - pivot, 0.0)
             tile_count = (columns * tl.minimum(last_row - row, BLOCK_M)).to(tl.float32)
-            # A constant tile has no deviation at all, which a rounded mean would hide.
-            low = tl.min(tl.where(inside, x, float("inf")))
-            high = tl.max(tl.where(inside, x, float("-inf")))
-            tile_mean = tl.where(low == high, low, tl.sum(x) / tile_count)
-            deviation = tl.where(inside, x - tile_mean, 0.0)
+            tile_mean = tl.sum(distance) / tile_count
+            deviation = tl.where(inside, distance - tile_mean, 0.0)
             tile_m2 = tl.sum(deviation * deviation)
             count, mean, m2 = merge(count, mean, m2, tile_count, tile_mean, tile_m2)
-    out_ptr = parts_ptr + (part * S + s) * 3
+    out_ptr = parts_ptr + (part * S + s) * 4
     tl.store(out_ptr, count)
     tl.store(out_ptr + 1, mean)
     tl.store(out_ptr + 2, m2)
+    tl.store(out_ptr + 3, pivot)
 
 
 @triton.jit(do_not_specialize=["P"])
 def merge_moments_kernel(parts_ptr, out_ptr, P, S, BLOCK_P: tl.constexpr):
     s = tl.program_id(0)
     p = tl.arange(0, BLOCK_P)
-    address = (p * S + s) * 3
+    address = (p * S + s) * 4
     count = tl.load(parts_ptr + address, mask=p < P, other=0.0)
     mean = tl.load(parts_ptr + address + 1, mask=p < P, other=0.0)
     m2 = tl.load(parts_ptr + address + 2, mask=p < P, other=0.0)
     total = tl.sum(count)
-    pivot = tl.load(parts_ptr + s * 3 + 1)  # equal means merge to the same, exactly
-    merged = pivot + tl.sum(count * tl.where(p < P, mean - pivot, 0.0)) / tl.maximum(total, 1.0)
+    merged = tl.sum(count * mean) / tl.maximum(total, 1.0)
     delta = mean - merged
     tl.store(out_ptr + s * 3, total)
-    tl.store(out_ptr + s * 3 + 1, merged)
+    tl.store(out_ptr + s * 3 + 1, tl.load(parts_ptr + s * 4 + 3) + merged)
     tl.store(out_ptr + s * 3 + 2, tl.sum(m2 + count * delta * delta))
 
 
@@ -101,7 +102,7 @@ def launch_moments(x: Tensor, slices: int, active: Tensor | None, config: StdCon
     M, K = x.shape
     config = config or default_config(M, triton.cdiv(K, slices))
     count = triton.cdiv(M, config.rows_per_program)
-    parts = torch.empty(count, slices, 3, dtype=torch.float32, device=x.device)
+    parts = torch.empty(count, slices, 4, dtype=torch.float32, device=x.device)
     launch(
         moments_kernel, (count, slices), x.device, x, active, parts, M, K, slices, *x.stride(), config.rows_per_program,
         HAS_ACTIVE=active is not None, ALIGNED=aligned(K, slices), BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K,

@@ -1,4 +1,4 @@
-"""DESIGN 2 and 6: where an operation runs, offsets beyond 32 bits, what importing does, and every argument error."""
+"""Where an operation runs, offsets beyond 32 bits, what importing does, and every argument error."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""DESIGN 2: every operation is a torch.library operator that schema, fake tensor, autograd and aot dispatch agree on."""
+"""Every operation is a torch.library operator that schema, fake tensor, autograd and aot dispatch agree on."""
 
 import pytest
 import torch

@@ -31,7 +31,8 @@ def test_moments_are_count_mean_and_squared_deviations(backend, device):
 @all_views
 def test_any_memory_layout(view, backend, device):
     x = randn(7, 45, device=device)
-    assert torch.equal(ops.moments(viewed(x, view), 2), ops.moments(x, 2))
+    # Not to the bit: a GPU spreads the elements over its threads as they lie in memory, which orders the sums.
+    torch.testing.assert_close(ops.moments(viewed(x, view), 2), ops.moments(x, 2), rtol=1e-6, atol=1e-7)
 
 
 def test_expanded_input(backend, device):

@@ -1,1 +1,16 @@
 """Hardware-aware training for analog in-memory computing, as Triton kernels with a thin ``nn`` package on top."""
+
+from triton_analog import functional, nn, ops
+from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.convert import convert_to_analog, convert_to_digital
+from triton_analog.optim import AnalogOptimizer
+
+__all__ = [
+    "AnalogOptimizer",
+    "TorchInferenceRPUConfig",
+    "convert_to_analog",
+    "convert_to_digital",
+    "functional",
+    "nn",
+    "ops",
+]

@@ -1,0 +1,22 @@
+"""The README's Python examples run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text("utf-8"), re.DOTALL)
+
+
+def test_the_examples_are_found():
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["basic", "conversion", "functional"])
+def test_example_runs(block):
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    if "loss" in names:
+        assert names["loss"] < 1

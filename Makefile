@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test test-oldest bench clean
+.PHONY: help demo test test-oldest test-peers bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -23,6 +23,9 @@ test: .venv/ready  ## ruff, mypy and the tests (PYTEST_ARGS)
 test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions (PYTEST_ARGS)
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
+test-peers: .venv/peers  ## compare outputs and gradients with AIHWKIT and AIHWKIT-Lightning
+	.venv/bin/python -m pytest tests/test_peers.py
+
 bench: .venv/bench  ## time every operation (BENCH_ARGS)
 	.venv/bin/python -m pytest bench $(BENCH_ARGS)
 
@@ -39,6 +42,12 @@ clean:  ## remove the environments and everything generated
 .venv/bench: .venv/ready
 	.venv/bin/pip install -q -c .venv/constraints.txt pytest-benchmark
 	@touch $@
+
+# Without their dependencies: AIHWKIT's would replace torch. What their torch tiles really import is named instead.
+.venv/peers: .venv/ready
+	.venv/bin/pip install -q --no-deps --only-binary :all: aihwkit==1.1.0 aihwkit-lightning==2.1.0
+	.venv/bin/pip install -q -c .venv/constraints.txt protobuf 'requests<3' scipy
+	touch $@
 
 # torch goes first and alone. A build of torch for CUDA brings the Triton that it needs, which then replaces the pinned
 # one; a build for the CPU brings none.

@@ -38,7 +38,7 @@ class WeightConfig:
 
 
 def default_config(rows: int, features: int) -> WeightConfig:
-    return WeightConfig(BLOCK_N=block(rows, 32), BLOCK_K=block(features, 64))
+    return WeightConfig(BLOCK_N=block(rows, 16), BLOCK_K=block(features, 64))
 
 
 @triton.jit

@@ -52,8 +52,8 @@ def adc(
     ``input_range`` is ``[1]`` or ``[M]``, the ``wmax`` are ``[N]`` or ``[1]``. Also returns the packed saturation mask
     ``[M, ceil(N / 8)]`` (no columns without a bound).
     """
-    r = wide(input_range).abs()[:, None]
     v = wide(y)
+    r = input_range.to(v.dtype).abs()[:, None]
     if out_noise > 0:
         assert seed is not None
         assert noise_wmax is not None

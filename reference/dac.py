@@ -21,6 +21,7 @@ def dac(x: Tensor, input_range: Tensor, slices: int, inp_res: float = -1.0) -> T
     q_max = half_steps(inp_res)
     parts = []
     for s, part in enumerate(iter_slices(x, slices)):
-        operand, unit = dac_slice(wide(part), range_of(input_range, s), q_max)
+        part = wide(part)
+        operand, unit = dac_slice(part, range_of(input_range, s, part), q_max)
         parts.append((operand * unit).to(x.dtype))
     return torch.cat(parts, dim=-1)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
+MAX_STEPS = 2**22
+"""Most steps of a grid: up to here rounding by the addition of a magic number, as the kernels do it, is exact."""
+
 TINY = 2.0**-100
 """A bound below this is a zero bound: its reciprocal would overflow, and the quantized value is 0."""
 
@@ -43,7 +46,7 @@ def to_grid(v: Tensor, bound: Tensor, q_max: float) -> Tensor:
     return v * torch.where(bound < TINY, 0.0, torch.full_like(bound, q_max) / bound)  # number / tensor rounds twice
 
 
-def range_of(input_range: Tensor, s: int) -> Tensor:
-    """``|r|`` of slice ``s``, broadcastable to ``[M, K_s]``: a scalar (``input_range [S]``) or a column (``[S, M]``)."""
-    r = wide(input_range[s]).abs()
+def range_of(input_range: Tensor, s: int, x: Tensor) -> Tensor:
+    """``|r|`` of slice ``s`` for the wide input ``x [M, K_s]``: a scalar (``input_range [S]``) or a column (``[S, M]``)."""
+    r = input_range[s].to(x.dtype).abs()
     return r if r.ndim == 0 else r[:, None]

@@ -17,14 +17,19 @@ def extrema(x: Tensor, slices: int) -> Tensor:
 
 
 def input_range_update(
-    input_range: Tensor, count: Tensor, moments: Tensor, *, init_from_data: int, init_std_alpha: float
+    input_range: Tensor, count: Tensor, residual: Tensor, moments: Tensor, *, init_from_data: int, init_std_alpha: float
 ) -> None:
-    """Running mean of ``init_std_alpha * std`` over the first ``init_from_data`` batches; in place."""
+    """Running mean of ``init_std_alpha * std`` over the first ``init_from_data`` batches; in place.
+
+    ``residual`` carries what the range's dtype rounds off: late batches move a mean by less than half a unit of bf16.
+    """
     std = std_of(moments)
-    r, n = wide(input_range), count.to(std.dtype)
+    n = count.to(std.dtype)
     due = (count < init_from_data) & (std > 0) & (std < torch.inf)
-    estimate = (r * n + init_std_alpha * std) / (n + 1)
-    input_range.copy_(torch.where(due, estimate, r).abs())
+    r = input_range.to(std.dtype) + residual.to(std.dtype)
+    r = torch.where(due, (r * n + init_std_alpha * std) / (n + 1), r).abs()
+    input_range.copy_(r)
+    residual.copy_(r - input_range.to(std.dtype))
     count.add_(due)
 
 
@@ -83,7 +88,8 @@ def input_range_grad(
 ) -> tuple[Tensor, Tensor]:
     """Gradients ``[M, K]`` of the input and ``[S]`` of its range from ``grad [M, K]``, that of the clamped input."""
     grads, range_grads = [], []
-    for g, x_s, r in zip(iter_slices(wide(grad), slices), iter_slices(wide(x), slices), wide(input_range), strict=True):
+    for s, (g, x_s) in enumerate(zip(iter_slices(wide(grad), slices), iter_slices(wide(x), slices), strict=True)):
+        r = input_range[s].to(x_s.dtype)
         range_grads.append(input_range_grad_slice(g, x_s, r, decay, input_min_percentage, fast_mode))
         grads.append(torch.where(x_s.abs() <= r.abs(), g, 0.0).to(grad.dtype))
     return torch.cat(grads, dim=-1), torch.stack(range_grads)

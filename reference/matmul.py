@@ -42,7 +42,7 @@ def matmul(
         operand = wide(x_s)
         unit: Tensor | float = 1.0
         if input_range is not None:
-            r = range_of(input_range, s)
+            r = range_of(input_range, s, operand)
             operand, unit = dac_slice(operand, r, half_steps(inp_res))
         y_s = (operand @ wide(w_s).T) * unit
         if out_noise > 0:

@@ -38,7 +38,8 @@ def matmul_dgrad(
     for s, (x_s, w_s) in enumerate(zip(iter_slices(x, slices), iter_slices(weight, slices), strict=True)):
         dx = masked(g, mask, s) @ wide(w_s)
         if input_range is not None:
-            x_s, r = wide(x_s), wide(input_range[s])
+            x_s = wide(x_s)
+            r = input_range[s].to(x_s.dtype)
             range_grads.append(input_range_grad_slice(dx, x_s, r, decay, input_min_percentage, fast_mode))
             dx = torch.where(x_s.abs() <= r.abs(), dx, 0.0)
         parts.append(dx.to(x.dtype))

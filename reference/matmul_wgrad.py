@@ -29,6 +29,6 @@ def matmul_wgrad(
         operand = wide(x_s)
         unit: Tensor | float = 1.0
         if input_range is not None:
-            operand, unit = dac_slice(operand, range_of(input_range, s), half_steps(inp_res))
+            operand, unit = dac_slice(operand, range_of(input_range, s, operand), half_steps(inp_res))
         parts.append((masked(g, mask, s).T @ (operand * unit)).to(dtype or x.dtype))
     return torch.cat(parts, dim=-1)

@@ -238,6 +238,49 @@ def test_non_contiguous_inputs_weights_and_gradients(backend, device):
     torch.testing.assert_close(w_t.grad, w.grad)
 
 
+# ---- Defects of the predecessor, one each --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "tile"), [(torch.float16, 4098, 2049), (torch.bfloat16, 11008, 512)], ids=["fp16", "bf16"]
+)
+def test_slice_borders_are_exact_in_narrow_dtypes(dtype, features, tile):
+    """Borders computed in the layer's dtype would drop the last inputs."""
+    x = torch.zeros(1, features, dtype=dtype)
+    x[0, -1] = 1
+    w = torch.randn(3, features).to(dtype)
+    torch.testing.assert_close(analog_linear(x, w, max_input_size=tile), w[:, -1][None])
+
+
+def test_the_bound_does_not_depend_on_the_scale_of_the_output_noise(backend, device):
+    x, w, b, r, _ = tensors(device=device)
+    options = EVERYTHING | {"out_bound_per_channel": False, "weight_noise": "none", "out_noise": 1e-12}
+    outputs = [
+        analog_linear(x, w, b, input_range=r, **options, out_noise_per_channel=per_channel)
+        for per_channel in (False, True)
+    ]
+    torch.testing.assert_close(*outputs)
+
+
+def test_clips_above_1_are_not_taken_for_step_sizes(backend, device):
+    _, w, _, _, _ = tensors(device=device)
+    x, w = torch.eye(K, device=device), 10 * w.detach()
+    clip = torch.full((3, N), 3.0, device=device)
+    y = analog_linear(x, w, weight_clip=clip, max_input_size=TILE)
+    torch.testing.assert_close(y, w.clamp(-3, 3).T)
+    step = 3 / 15
+    y = analog_linear(x, w, weight_clip=clip, max_input_size=TILE, weight_quantization="per_channel", weight_res=30)
+    torch.testing.assert_close(y, ((w / step).clamp(-15, 15).round() * step).T)
+
+
+def test_per_tensor_noise_leaves_per_channel_quantization_alone(backend, device):
+    x, w, _, _, _ = tensors(device=device)
+    quantization = {"max_input_size": TILE, "weight_quantization": "per_channel", "weight_res": 30}
+    expected = analog_linear(x, w, **quantization)
+    y = analog_linear(x, w, weight_noise="per_tensor", weight_noise_std=1e-9, **quantization)
+    torch.testing.assert_close(y, expected)
+
+
 # ---- Noise ----------------------------------------------------------------------------------------------------------------
 
 
@@ -500,13 +543,13 @@ BAD_CALLS = {
     "weight_noise_std: got -1": {"weight_noise_std": -1.0},
     "out_noise: got nan": {"out_noise": float("nan")},
     "inp_res: got inf": {"inp_res": float("inf")},
-    "quantization: 'per_tensor' with a learned clip": {
+    "weight_quantization: 'per_tensor' with a learned clip": {
         "weight_clip": torch.ones(3, N),
         "weight_quantization": "per_tensor",
         "weight_res": 30,
     },
-    "res: got 0.0 with quantization": {"weight_quantization": "per_channel"},
-    "clip: got shape .*\\(3, 21\\), is needed": {"weight_clip": torch.ones(N)},
+    "weight_res: got 0.0 with weight_quantization": {"weight_quantization": "per_channel"},
+    "weight_clip: got shape .*\\(3, 21\\), is needed": {"weight_clip": torch.ones(N)},
 }
 
 
@@ -515,6 +558,53 @@ def test_bad_input_names_the_argument_and_the_remedy(message, change):
     x, w, b, r, _ = tensors()
     with pytest.raises(ValueError, match=message):
         analog_linear(x, w, b, **({"input_range": r} | EVERYTHING | change))
+
+
+def test_statistics_are_constants_of_the_backward():
+    x, w, _, _, _ = tensors()
+    y, _ = ops.matmul(
+        x, w, None, ops.absmax(x, 3), 3, inp_res=254, out_bound=2.0, bound_wmax=ops.absmax(w, 3), out_res=254
+    )
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    assert w.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16], ids=str)
+def test_ranges_of_another_dtype(kind, backend, device):
+    x, w, b, r, _ = tensors(device=device)
+    options = EVERYTHING | {"seed": seed_on(device)}
+    other = r.detach().to(kind).requires_grad_()
+    y = analog_linear(x, w, b, input_range=other, **options)
+    torch.testing.assert_close(y, analog_linear(x, w, b, input_range=r, **options))
+    y.sum().backward()
+    assert other.grad.dtype == kind
+
+
+def test_meta_tensors_have_shapes():
+    x, w, b, r, _ = (t.to("meta") for t in tensors())
+    assert analog_linear(x, w, b, input_range=r, **EVERYTHING).shape == (M, N)
+
+
+def test_wrong_types():
+    x, w, b, r, _ = tensors()
+    for name, call in {
+        "x: got ndarray": lambda: analog_linear(x.detach().numpy(), w),
+        "input_range: got float": lambda: analog_linear(x, w, input_range=3.0),
+        "seed: got int": lambda: analog_linear(x, w, weight_noise="per_tensor", weight_noise_std=0.1, seed=3),
+        "weight_clip: got list": lambda: analog_linear(x, w, weight_clip=[1.0]),
+        r"max_input_size: got 7\.5": lambda: analog_linear(x, w, max_input_size=7.5),
+        r"bias: got dtype torch\.complex64": lambda: analog_linear(x, w, b.to(torch.complex64)),
+        r"bias: got dtype torch\.int64": lambda: analog_linear(x, w, b.long()),
+    }.items():
+        with pytest.raises(TypeError, match=name):
+            call()
+    with pytest.raises(ValueError, match="range_decay: got -1"):
+        analog_linear(x, w, b, input_range=r, max_input_size=TILE, range_decay=-1.0)
+    with pytest.raises(ValueError, match=r"out_noise: got -0\.1"):
+        analog_linear(x, w, b, out_noise=-0.1, training=False)
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=r"x: got dtype torch\.int64"):
+        analog_linear(x.long(), w, b)
 
 
 def test_wrong_shapes_dtypes_and_devices():

@@ -33,6 +33,11 @@ def test_the_interpreter_runs_kernels_on_cpu_tensors(unforced):
     assert launch.runs_kernel(torch.ones(1))
 
 
+def test_the_interpreters_variable_set_to_0_means_off(unforced):
+    unforced.setenv("TRITON_INTERPRET", "0")
+    assert not launch.runs_kernel(torch.ones(1))
+
+
 def test_other_devices_run_kernels(unforced):
     assert launch.runs_kernel(SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"), numel=lambda: 1))
 
@@ -255,9 +260,14 @@ ERRORS = [
         ((X, ONE, 2), {}, ValueError, r"input_range: got shape \(1,\); allowed are \(2,\) for a static range"),
         ((X, torch.ones(4, 2), 2), {}, ValueError, r"input_range: .* \(2, 4\) for a dynamic one"),
         ((X, META, 2), {}, ValueError, "input_range: on meta, but x is on cpu"),
-        ((X, R, 2, float("inf")), {}, ValueError, "inp_res: got inf; allowed are a number of steps"),
-        ((X, R, 2, 2**23), {}, ValueError, r"inp_res: got \d+; .* in \(1, 2\*\*22\], its inverse, or <= 0 for off"),
-        ((X, R, 2, 2.0**-23), {}, ValueError, "inp_res: got .* its inverse"),
+        ((X, R, 2, float("inf")), {}, ValueError, "inp_res: got inf; allowed are 2 to"),
+        (
+            (X, R, 2, 2**23),
+            {},
+            ValueError,
+            r"inp_res: got \d+; .* 2 to 2\*\*22 steps, the inverse of that, or <= 0 for off",
+        ),
+        ((X, R, 2, 2.0**-23), {}, ValueError, "inp_res: got .* the inverse of that"),
         ((X, R, 2), {"decay": -0.1}, ValueError, "decay: got -0.1; allowed is a finite number >= 0"),
         ((X, R, 2), {"input_min_percentage": 95}, ValueError, r"input_min_percentage: got 95; .* a share in 0 \.\. 1"),
     ),
@@ -316,22 +326,23 @@ ERRORS = [
     ),
     *rows(
         ops.input_range_update,
-        ((R, COUNT.float(), MOMENTS), UPDATE, TypeError, "count: got torch.float32; int32 or int64 is needed"),
+        ((R, COUNT.float(), R, MOMENTS), UPDATE, TypeError, "count: got torch.float32; int32 or int64 is needed"),
         (
-            (R, COUNT[:1], MOMENTS),
+            (R, COUNT[:1], R, MOMENTS),
             UPDATE,
             ValueError,
             r"count: got shape \(1,\) .* one entry per slice, \(2,\), is needed",
         ),
         (
-            (torch.ones(4)[::2], COUNT, MOMENTS),
+            (torch.ones(4)[::2], COUNT, R, MOMENTS),
             UPDATE,
             ValueError,
             r"input_range: .* strides \(2,\); a contiguous vector",
         ),
-        ((R, COUNT, X), UPDATE, ValueError, r"moments: got shape \(4, 6\); \(2, 3\) is needed"),
-        ((R, COUNT, MOMENTS), UPDATE | {"init_from_data": -1}, ValueError, "init_from_data: got -1; allowed is"),
-        ((R, COUNT, MOMENTS), UPDATE | {"init_std_alpha": -1.0}, ValueError, "init_std_alpha: got -1.0; allowed is"),
+        ((R, COUNT, ONE, MOMENTS), UPDATE, ValueError, r"residual: got shape \(1,\)"),
+        ((R, COUNT, R, X), UPDATE, ValueError, r"moments: got shape \(4, 6\); \(2, 3\) is needed"),
+        ((R, COUNT, R, MOMENTS), UPDATE | {"init_from_data": -1}, ValueError, "init_from_data: got -1; allowed is"),
+        ((R, COUNT, R, MOMENTS), UPDATE | {"init_std_alpha": -1.0}, ValueError, "init_std_alpha: got -1.0; allowed is"),
     ),
     *rows(
         update_fast,

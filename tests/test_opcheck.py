@@ -37,7 +37,7 @@ def samples():
         ("adc", (leaf(ROWS, COLUMNS), one, 0.1, one, 1.0, wmax[0], 254.0, seed, 1)),
         ("adc", (leaf(ROWS, COLUMNS), dynamic[0], 0.1, wmax[0], 0.0, None, -1.0, seed, 0)),
         ("input_range_grad", (x, x, r, SLICES, 0.1, 0.5, False)),
-        ("input_range_update", (r.clone(), count.clone(), torch.rand(SLICES, 3) * 50, 10, 3.0)),
+        ("input_range_update", (r.clone(), count.clone(), r * 0, torch.rand(SLICES, 3) * 50, 10, 3.0)),
         ("input_range_update_fast", (r.clone(), count.clone(), r * -1, r * 2, torch.randn(2, SLICES), 10, 0.9)),
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "per_tensor", 30.0, "per_channel", 0.1, seed, torch.float32)),
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "none", 0.0, "none", 0.0, None, torch.bfloat16)),

@@ -10,8 +10,7 @@ from enum import Enum
 from math import isfinite
 from typing import Any, TypeVar, get_type_hints
 
-MAX_STEPS = 2**22
-"""Most steps of a quantization grid: up to here rounding in fp32 is exact."""
+from triton_analog.reference.grid import MAX_STEPS
 
 C = TypeVar("C", bound="TorchInferenceRPUConfig")
 

@@ -153,6 +153,35 @@ def draw_seed(device: torch.device | str) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast changes the dtype of ``x``, as it would for ``linear``."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+
+
+def check_input(x: Tensor, weight: Tensor) -> None:
+    """``x`` is an input that :func:`analog_linear` can multiply with ``weight``.
+
+    Raises:
+        TypeError: it is no floating-point tensor, or of another dtype than ``weight`` outside autocast.
+        ValueError: its last dimension or its device differs from the weight's.
+    """
+    check.floating("x", x)
+    check.matrix("weight", weight)
+    check.together("x", x, weight=weight)
+    check.require(x.ndim >= 1, lambda: "x: a single number was given; an input of shape [..., K] is needed")
+    check.require(
+        x.shape[-1] == weight.shape[1],
+        lambda: (
+            f"x: got shape {check.shape_of(x)}; its last dimension must be {weight.shape[1]}, the weight's input features"
+        ),
+    )
+    if x.dtype != weight.dtype and not _autocasts(x):
+        raise TypeError(
+            f"x: dtype {x.dtype}, but weight is {weight.dtype}; cast one of them or run under torch.autocast"
+        )
+
+
 def analog_linear(
     x: Tensor,
     weight: Tensor,
@@ -215,34 +244,26 @@ def analog_linear(
         ValueError: a shape, device, number or combination outside the above; the message names the argument and the remedy.
         TypeError: dtypes that do not fit.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    check_input(x, weight)
+    check.tensors(bias=bias, input_range=input_range, weight_clip=weight_clip, seed=seed)
+    if _autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-        compute_dtype = x.dtype
-    else:
-        compute_dtype = weight.dtype
-    check.require(x.ndim >= 1, lambda: "x: a number was given; an input of shape [..., K] is needed")
-    check.matrix("weight", weight)
-    check.require(
-        x.shape[-1] == weight.shape[1],
-        lambda: (
-            f"x: got shape {check.shape_of(x)}; its last dimension must be {weight.shape[1]}, the weight's input features"
-        ),
-    )
-    if x.dtype != compute_dtype:
-        raise TypeError(
-            f"x: dtype {x.dtype}, but weight is {weight.dtype}; cast one of them or run under torch.autocast"
-        )
     check.require(
         not (dynamic_input_range and input_range is not None),
         lambda: (
             "input_range: given together with dynamic_input_range, which finds the range itself; pass one of the two"
         ),
     )
+    if not isinstance(max_input_size, int):
+        raise TypeError(f"max_input_size: got {max_input_size!r}; an int is needed")
     slices = num_slices(weight.shape[1], max_input_size)
     if input_range is not None:
         check.static_range(input_range, slices)
+    check.weight_stage(weight, slices, weight_clip, weight_quantization, weight_res, prefix="weight_")
     check.kind("weight_noise", weight_noise)
     check.non_negative("weight_noise_std", weight_noise_std)
+    check.non_negative("out_noise", out_noise)
+    check.range_rule(range_decay, input_min_percentage, "range_decay")
     ranged = dynamic_input_range or input_range is not None
     for name, value in (("inp_res", inp_res), ("out_noise", out_noise), ("out_bound", out_bound)):
         if value > 0 and not ranged:
@@ -292,6 +313,7 @@ def update_input_range(
     x_min: Tensor | None = None,
     x_max: Tensor | None = None,
     act_range_momentum: float = 0.95,
+    residual: Tensor | None = None,
     process_group: Any = None,
 ) -> None:
     """Learn ``input_range`` from the first ``init_from_data`` batches of data, in place (SEMANTICS 7).
@@ -310,11 +332,15 @@ def update_input_range(
         x_min: ``[S]``, running smallest value for ``fast_mode``, changed in place.
         x_max: ``[S]``, running largest value for ``fast_mode``, changed in place.
         act_range_momentum: Weight of the old extreme values in ``fast_mode``; -1 keeps all-time extremes.
+        residual: ``[S]``, dtype of the range, changed in place: what rounding the range to a narrow dtype drops. Keep it from
+            batch to batch where the range is bf16 or fp16, or late batches no longer move it.
         process_group: Ranks whose batches count as one; without it each process counts its own.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
     """
+    check.floating("x", x)
+    check.require(x.ndim >= 1, lambda: "x: a single number was given; an input of shape [..., K] is needed")
     x = x.detach().reshape(-1, x.shape[-1])
     slices = num_slices(x.shape[1], max_input_size)
     empty = x.shape[0] == 0  # nothing to learn from, but other ranks may be waiting for this one
@@ -339,6 +365,7 @@ def update_input_range(
                 moments = ops.moments(x, slices, count < init_from_data)
             if process_group is not None:
                 moments = merge_moments(_gather(moments, process_group))
+            residual = torch.zeros_like(input_range) if residual is None else residual
             ops.input_range_update(
-                input_range, count, moments, init_from_data=init_from_data, init_std_alpha=init_std_alpha
+                input_range, count, residual, moments, init_from_data=init_from_data, init_std_alpha=init_std_alpha
             )

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from triton_analog.reference.grid import MAX_STEPS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("none", "per_tensor", "per_channel")
-MAX_STEPS = 2**22
-"""Rounding by magic-number addition is exact below this many steps."""
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:
@@ -26,10 +26,23 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def matrix(name: str, x: Tensor, columns: int | None = None) -> None:
-    """``x`` is a floating-point matrix (with ``columns`` columns)."""
+def tensors(**given: object) -> None:
+    """All that were given are tensors."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}; a torch.Tensor is needed")
+
+
+def floating(name: str, x: Tensor) -> None:
+    """``x`` is a tensor of one of the dtypes that the operations compute in."""
+    tensors(**{name: x})
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: got dtype {x.dtype}; allowed are float32, bfloat16, float16 and float64")
+
+
+def matrix(name: str, x: Tensor, columns: int | None = None) -> None:
+    """``x`` is a floating-point matrix (with ``columns`` columns)."""
+    floating(name, x)
     require(
         x.ndim == 2,
         lambda: f"{name}: got shape {shape_of(x)}; a matrix is needed, flatten leading dimensions with reshape",
@@ -39,7 +52,8 @@ def matrix(name: str, x: Tensor, columns: int | None = None) -> None:
 
 
 def together(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
-    """All ``others`` are on the device of ``reference``."""
+    """All ``others`` are tensors on the device of ``reference``."""
+    tensors(**others)
     for name, other in others.items():
         if other is not None and other.device != reference.device:
             raise ValueError(
@@ -86,8 +100,8 @@ def range_kind(input_range: Tensor | None, slices: int, rows: int) -> None:
 
 def resolution(name: str, res: float) -> None:
     """A number of steps, its inverse, or ``<= 0`` for off."""
-    ok = is_finite(res) and (res <= 0 or max(res, 1 / res) <= MAX_STEPS)
-    require(ok, lambda: f"{name}: got {res}; allowed are a number of steps in (1, 2**22], its inverse, or <= 0 for off")
+    ok = is_finite(res) and (res <= 0 or 2 <= max(res, 1 / res) <= MAX_STEPS)
+    require(ok, lambda: f"{name}: got {res}; allowed are 2 to 2**22 steps, the inverse of that, or <= 0 for off")
 
 
 def is_finite(value: float) -> bool:
@@ -140,6 +154,43 @@ def output_stage(
     seed_given(seed, out_noise > 0, "out_noise > 0")
 
 
+def bias(bias: Tensor | None, columns: int) -> None:
+    if bias is not None:
+        floating("bias", bias)
+        require(shape_of(bias) == (columns,), lambda: f"bias: got shape {shape_of(bias)}; ({columns},) is needed")
+
+
+def weight_stage(
+    weight: Tensor, slices: int, clip: Tensor | None, quantization: str, res: float, prefix: str = ""
+) -> None:
+    """Clip and quantization of a weight have what they need; ``prefix`` completes the caller's names of them."""
+    matrix("weight", weight)
+    slice_count(weight.shape[1], slices)
+    kind(f"{prefix}quantization", quantization)
+    resolution(f"{prefix}res", res)
+    require(
+        quantization == "none" or res > 0,
+        lambda: (
+            f"{prefix}res: got {res} with {prefix}quantization {quantization!r}; give a number of states or its inverse, "
+            "or choose 'none'"
+        ),
+    )
+    if clip is None:
+        return
+    together("weight", weight, **{f"{prefix}clip": clip})
+    expected = (slices, weight.shape[0])
+    require(
+        shape_of(clip) == expected,
+        lambda: f"{prefix}clip: got shape {shape_of(clip)}; one value per slice and channel, {expected}, is needed",
+    )
+    require(
+        quantization != "per_tensor",
+        lambda: (
+            f"{prefix}quantization: 'per_tensor' with a learned clip, which is per channel; use 'per_channel' or 'none'"
+        ),
+    )
+
+
 def wmax_shape(name: str, wmax: Tensor | None, slices: int, rows: int) -> None:
     if wmax is not None:
         require(
@@ -148,9 +199,9 @@ def wmax_shape(name: str, wmax: Tensor | None, slices: int, rows: int) -> None:
         )
 
 
-def range_rule(decay: float, input_min_percentage: float) -> None:
+def range_rule(decay: float, input_min_percentage: float, decay_name: str = "decay") -> None:
     """The numbers of the learned range's gradient."""
-    non_negative("decay", decay)
+    non_negative(decay_name, decay)
     require(
         0 <= input_min_percentage <= 1,
         lambda: f"input_min_percentage: got {input_min_percentage}; allowed is a share in 0 .. 1",

@@ -80,4 +80,4 @@ def absmax(x: Tensor, slices: int) -> Tensor:
     """
     check.matrix("x", x)
     check.slice_count(x.shape[1], slices)
-    return _absmax(x, slices)
+    return _absmax(x.detach(), slices)

@@ -209,42 +209,47 @@ def recomputing() -> bool:
 
 @triton.jit
 def input_range_update_kernel(
-    range_ptr, count_ptr, moments_ptr, S, init_from_data, init_std_alpha, BLOCK_S: tl.constexpr
+    range_ptr, count_ptr, residual_ptr, moments_ptr, S, init_from_data, init_std_alpha, BLOCK_S: tl.constexpr
 ):
-    s = tl.arange(0, BLOCK_S)
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = s < S
     n = tl.load(moments_ptr + s * 3, mask=inside, other=0.0)
     m2 = tl.load(moments_ptr + s * 3 + 2, mask=inside, other=0.0)
     std = tl.where(n > 1, tl.sqrt_rn(tl.div_rn(m2, tl.maximum(n - 1, 1.0))), 0.0)
     r = tl.load(range_ptr + s, mask=inside, other=0.0).to(tl.float32)
+    r += tl.load(residual_ptr + s, mask=inside, other=0.0).to(tl.float32)
     count = tl.load(count_ptr + s, mask=inside, other=0)
     due = (count < init_from_data) & (std > 0) & (std < float("inf"))
     estimate = tl.div_rn(r * count.to(tl.float32) + init_std_alpha * std, count.to(tl.float32) + 1)
-    tl.store(range_ptr + s, cast(tl.abs(tl.where(due, estimate, r)), range_ptr.dtype.element_ty), mask=inside)
+    r = tl.abs(tl.where(due, estimate, r))
+    stored = cast(r, range_ptr.dtype.element_ty)
+    tl.store(range_ptr + s, stored, mask=inside)
+    tl.store(residual_ptr + s, cast(r - stored.to(tl.float32), residual_ptr.dtype.element_ty), mask=inside)
     tl.store(count_ptr + s, count + due.to(count.dtype), mask=inside)
 
 
 def launch_input_range_update(
-    input_range: Tensor, count: Tensor, moments: Tensor, init_from_data: int, init_std_alpha: float
+    input_range: Tensor, count: Tensor, residual: Tensor, moments: Tensor, init_from_data: int, init_std_alpha: float
 ) -> None:
     slices = input_range.shape[0]
+    block_s = block(slices, 1024)
     launch(
-        input_range_update_kernel, (1,), input_range.device, input_range, count, moments, slices, init_from_data,
-        init_std_alpha, BLOCK_S=block(slices, 2**16),
+        input_range_update_kernel, (triton.cdiv(slices, block_s),), input_range.device, input_range, count, residual,
+        moments, slices, init_from_data, init_std_alpha, BLOCK_S=block_s,
     )  # fmt: skip
 
 
-@torch.library.custom_op("triton_analog::input_range_update", mutates_args=("input_range", "count"))
+@torch.library.custom_op("triton_analog::input_range_update", mutates_args=("input_range", "count", "residual"))
 def _input_range_update(
-    input_range: Tensor, count: Tensor, moments: Tensor, init_from_data: int, init_std_alpha: float
+    input_range: Tensor, count: Tensor, residual: Tensor, moments: Tensor, init_from_data: int, init_std_alpha: float
 ) -> None:
     if recomputing():
         return
     if runs_kernel(input_range):
-        launch_input_range_update(input_range, count, moments.contiguous(), init_from_data, init_std_alpha)
+        launch_input_range_update(input_range, count, residual, moments.contiguous(), init_from_data, init_std_alpha)
     else:
         reference.input_range_update(
-            input_range, count, moments, init_from_data=init_from_data, init_std_alpha=init_std_alpha
+            input_range, count, residual, moments, init_from_data=init_from_data, init_std_alpha=init_std_alpha
         )
 
 
@@ -274,7 +279,7 @@ def _check_state(input_range: Tensor, count: Tensor, init_from_data: int, **othe
 
 
 def input_range_update(
-    input_range: Tensor, count: Tensor, moments: Tensor, *, init_from_data: int, init_std_alpha: float
+    input_range: Tensor, count: Tensor, residual: Tensor, moments: Tensor, *, init_from_data: int, init_std_alpha: float
 ) -> None:
     """Move ``input_range`` towards ``init_std_alpha`` standard deviations of the data, in place (SEMANTICS 7).
 
@@ -284,6 +289,7 @@ def input_range_update(
     Args:
         input_range: ``[S]``, changed in place; not differentiable, call under ``torch.no_grad()``.
         count: Integer ``[S]``, batches seen so far, changed in place.
+        residual: ``[S]``, changed in place: what the range's dtype rounds off, so that a mean in bf16 does not freeze.
         moments: ``[S, 3]`` of :func:`triton_analog.ops.moments`; under data parallelism merged over all ranks.
         init_from_data: Number of batches to learn from.
         init_std_alpha: Standard deviations that the range spans on either side.
@@ -291,14 +297,14 @@ def input_range_update(
     Raises:
         TypeError, ValueError: dtypes, devices or shapes outside the above.
     """
-    _check_state(input_range, count, init_from_data)
+    _check_state(input_range, count, init_from_data, residual=residual)
     check.require(
         check.shape_of(moments) == (input_range.shape[0], 3),
         lambda: f"moments: got shape {check.shape_of(moments)}; ({input_range.shape[0]}, 3) is needed",
     )
     check.together("input_range", input_range, moments=moments)
     check.non_negative("init_std_alpha", init_std_alpha)
-    _input_range_update(input_range, count, moments, init_from_data, init_std_alpha)
+    _input_range_update(input_range, count, residual, moments, init_from_data, init_std_alpha)
 
 
 # ---- Fast mode: running extreme values --------------------------------------------------------------------------------
@@ -366,7 +372,7 @@ def extrema(x: Tensor, slices: int) -> Tensor:
     check.matrix("x", x)
     check.require(x.shape[0] > 0, lambda: f"x: got shape {check.shape_of(x)}; an empty tensor has no extreme values")
     check.slice_count(x.shape[1], slices)
-    return _extrema(x, slices)
+    return _extrema(x.detach(), slices)
 
 
 @torch.library.custom_op(

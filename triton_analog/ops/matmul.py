@@ -250,8 +250,7 @@ def matmul(
     check.product(x, weight, slices, input_range)
     N = weight.shape[0]
     check.input_converter(inp_res, input_range, x)
-    if bias is not None:
-        check.require(check.shape_of(bias) == (N,), lambda: f"bias: got shape {check.shape_of(bias)}; ({N},) is needed")
+    check.bias(bias, N)
     check.output_stage(input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed)
     check.wmax_shape("noise_wmax", noise_wmax, slices, N)
     check.wmax_shape("bound_wmax", bound_wmax, slices, N)

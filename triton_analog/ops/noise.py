@@ -13,9 +13,7 @@ from triton_analog import reference
 from triton_analog.lang import normal_tile
 from triton_analog.launch import block, launch, runs_kernel
 from triton_analog.ops import _checks as check
-
-USER_STREAM = 2
-"""Streams 0 and 1 belong to weight and output noise; others are free."""
+from triton_analog.reference.noise import USER_STREAM
 
 
 @dataclass(frozen=True)

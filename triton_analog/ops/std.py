@@ -146,7 +146,7 @@ def moments(x: Tensor, slices: int, active: Tensor | None = None) -> Tensor:
             ),
         )
         check.together("x", x, active=active)
-    return _moments(x, slices, active)
+    return _moments(x.detach(), slices, active)
 
 
 def std(x: Tensor, slices: int) -> Tensor:

@@ -145,32 +145,6 @@ def _backward(ctx, grad, _):
 _weight.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_weight(weight: Tensor, slices: int, clip: Tensor | None, quantization: str, res: float) -> None:
-    check.matrix("weight", weight)
-    check.slice_count(weight.shape[1], slices)
-    check.kind("quantization", quantization)
-    check.resolution("res", res)
-    check.require(
-        quantization == "none" or res > 0,
-        lambda: (
-            f"res: got {res} with quantization {quantization!r}; give a number of states or its inverse, or choose 'none'"
-        ),
-    )
-    if clip is not None:
-        check.require(
-            check.shape_of(clip) == (slices, weight.shape[0]),
-            lambda: (
-                f"clip: got shape {check.shape_of(clip)}; one value per slice and channel, "
-                f"({slices}, {weight.shape[0]}), is needed"
-            ),
-        )
-        check.require(
-            quantization != "per_tensor",
-            lambda: "quantization: 'per_tensor' with a learned clip, which is per channel; use 'per_channel' or 'none'",
-        )
-        check.together("weight", weight, clip=clip)
-
-
 def weight(
     weight: Tensor,
     slices: int,
@@ -201,7 +175,7 @@ def weight(
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
     """
-    _check_weight(weight, slices, clip, quantization, res)
+    check.weight_stage(weight, slices, clip, quantization, res)
     check.kind("noise_type", noise_type)
     check.non_negative("std_dev", std_dev)
     check.seed_given(seed, noise_type != "none" and std_dev > 0, "weight noise")
@@ -297,7 +271,7 @@ def weight_grad(
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
     """
-    _check_weight(weight, slices, clip, quantization, res)
+    check.weight_stage(weight, slices, clip, quantization, res)
     check.matrix("grad", grad)
     check.require(
         grad.shape == weight.shape,

@@ -78,7 +78,7 @@ def _operations(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
     def input_range() -> None:
         launch_input_range_grad(x, x, r, S, 0.01, 0.95, False)
-        launch_input_range_update(r, meta(S, dtype=torch.int64), meta(S, 3, dtype=torch.float32), 100, 3.0)
+        launch_input_range_update(r, meta(S, dtype=torch.int64), r, meta(S, 3, dtype=torch.float32), 100, 3.0)
         launch_extrema(x, S)
 
     def weight() -> None:

@@ -15,8 +15,11 @@ def moments(x: Tensor, slices: int, active: Tensor | None = None) -> Tensor:
         return wide(x).new_zeros(slices, 3)
     rows = []
     for part in iter_slices(x, slices):
-        variance, mean = torch.var_mean(wide(part), correction=0)
-        rows.append(torch.stack([torch.full_like(mean, part.numel()), mean, variance * part.numel()]))
+        pivot = wide(part[0, 0])  # a constant slice has no deviation, whatever its mean is rounded to
+        distance = wide(part) - pivot
+        mean = distance.mean()
+        m2 = (distance - mean).square_().sum()
+        rows.append(torch.stack([torch.full_like(mean, part.numel()), pivot + mean, m2]))
     out = torch.stack(rows)
     return out if active is None else torch.where(active[:, None], out, 0.0)
 

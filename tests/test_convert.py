@@ -23,6 +23,12 @@ def ideal() -> TorchInferenceRPUConfig:
     return TorchInferenceRPUConfig()
 
 
+def ranged() -> TorchInferenceRPUConfig:
+    config = TorchInferenceRPUConfig()
+    config.pre_post.input_range.enable = True
+    return config
+
+
 def coarse() -> TorchInferenceRPUConfig:
     """A dynamic range and so few DAC steps that analog outputs are unlike digital ones."""
     config = TorchInferenceRPUConfig()
@@ -142,6 +148,36 @@ def test_hooks_are_kept_and_their_handles_still_work() -> None:
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_was_added_to_a_layer_is_kept_both_ways(inplace: bool) -> None:
+    net, seen = Net(), []
+    net.shared.note = "mine"
+    net.shared.register_buffer("scale", torch.ones(3))
+    net.shared.register_buffer("scratch", torch.ones(2), persistent=False)
+    net.shared.register_state_dict_pre_hook(lambda module, *_: seen.append(type(module)))
+    net.shared.register_state_dict_post_hook(lambda module, *_: seen.append(type(module)))
+    net.shared.register_load_state_dict_pre_hook(lambda module, *_: seen.append(type(module)))
+    net.shared.register_load_state_dict_post_hook(lambda module, *_: seen.append(type(module)))
+    keys = set(net.state_dict())
+    model = net
+    for convert, kind in (
+        (lambda net: convert_to_analog(net, ranged(), inplace=inplace), AnalogLinear),
+        (lambda net: convert_to_digital(net, inplace=inplace), nn.Linear),
+    ):
+        model = convert(model)
+        seen.clear()
+        model.load_state_dict(model.state_dict())
+        assert seen == [kind] * 8  # the layer has two names
+        assert model.shared.note == "mine"
+        assert torch.equal(model.shared.scale, torch.ones(3))
+        assert keys <= set(model.state_dict())
+        assert "shared.scratch" not in model.state_dict()
+        assert torch.equal(model.shared.scratch, torch.ones(2))
+    assert set(model.state_dict()) == keys
+    assert vars(model.shared).keys() == vars(net.shared).keys()
+    assert type(model.shared) is nn.Linear
+
+
 def test_dtype_and_meta_device_are_kept() -> None:
     config = ideal()
     config.clip.type = WeightClipType.LEARNABLE_PER_CHANNEL
@@ -182,8 +218,8 @@ def test_a_function_chooses_the_config_of_each_layer() -> None:
     config = ideal()
     analog = convert_to_analog(Net(), config, specific_rpu_config_fun=choose, module_name="net")
     assert seen == [(f"net.{name}", nn.Linear) for name in LAYERS]
-    assert analog.blocks[0].down.in_sizes == [3, 3, 3, 3]
-    assert analog.blocks[0].up.in_sizes == [6]
+    assert analog.blocks[0].down.get_split_sizes() == [3, 3, 3, 3]
+    assert analog.blocks[0].up.get_split_sizes() == [6]
     assert config == ideal()
 
 
@@ -248,16 +284,42 @@ def test_what_cannot_be_converted_is_left_digital_with_one_warning_that_names_it
             "attention": nn.MultiheadAttention(4, 2),
             "normed": weight_norm(nn.Linear(4, 4)),
             "pruned": nn.Linear(4, 4),
+            "patched": nn.Linear(4, 4),
+            "nothing": nn.Linear(4, 4),
+            "conv": nn.Conv2d(1, 1, 1),
+            "up": nn.ConvTranspose1d(1, 1, 1),
+            "lstm": nn.LSTM(4, 4),
+            "cell": nn.GRUCell(4, 4),
+            "norm": nn.LayerNorm(4),
+            "embedding": nn.Embedding(4, 4),
         }
     )
     prune.random_unstructured(net["pruned"], "weight", amount=1)
-    with pytest.warns(UserWarning, match="left 4 module") as caught:
+    net["patched"].forward = lambda x: x
+    net["nothing"].weight = nn.Parameter(torch.empty(4, 0))
+    with pytest.warns(UserWarning, match="left 10 module") as caught:
         analog = convert_to_analog(net, ideal(), inplace=True)
     assert names(analog) == ["plain"]
     (warning,) = caught
-    for part in ("scaled: Scaled is a subclass", "attention: Multihead", "normed: its weight", "pruned: its weight"):
+    for part in (
+        *("scaled: Scaled is a subclass", "attention: Multihead", "normed: its weight", "pruned: its weight"),
+        *("patched: its forward was replaced", "nothing: its weight is empty"),
+        *("conv: no analog class for Conv2d", "up: no analog class for ConvT"),
+        *("lstm: no analog class for LSTM", "cell: no analog class for GRUCell"),
+    ):
         assert part in str(warning.message)
     assert warning.filename == __file__
+
+
+def test_a_sequence_with_a_forward_of_its_own_keeps_it_around_analog_layers() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.forward = lambda x: x + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        analog = convert_to_analog(nn.ModuleList([net]), ideal(), inplace=True)
+    assert names(analog) == ["0.0"]
+    assert analog[0] is net
+    assert analog[0](torch.zeros(1)) == 1
 
 
 def test_excluded_or_mapped_modules_are_not_warned_about() -> None:
@@ -484,3 +546,28 @@ def test_a_wrapper_acts_on_every_layer_once() -> None:
 def test_something_else_cannot_be_wrapped() -> None:
     with pytest.raises(TypeError, match="model: got int"):
         AnalogWrapper(3)
+    with pytest.raises(TypeError, match=r"model: call AnalogWrapper\(model\)"):
+        AnalogWrapper()
+
+
+class Clipper(nn.Module):
+    """A model with a method whose name a wrapper adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def clip_weights(self) -> str:
+        return "mine"
+
+
+@pytest.mark.parametrize("wrap", [AnalogWrapper, lambda net: convert_to_analog(net, ideal(), inplace=True)])
+def test_a_model_whose_own_methods_would_be_hidden_is_refused_and_left_alone(wrap: Any) -> None:
+    net = Clipper()
+    with pytest.raises(TypeError, match="model: Clipper has clip_weights of its own"):
+        wrap(net)
+    assert type(net) is Clipper
+    assert type(net.layer) is nn.Linear
+    analog = AnalogSequential(convert_to_analog(net, ideal(), ensure_analog_root=False))
+    assert names(analog) == ["0.layer"]
+    assert analog[0].clip_weights() == "mine"

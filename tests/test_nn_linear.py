@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from triton_analog import reference
@@ -102,6 +103,12 @@ def test_an_invalid_config_fails_at_construction() -> None:
         AnalogLinear(4, 2, rpu_config=config)
 
 
+@pytest.mark.parametrize(("sizes", "name"), [((0, 4), "in_features"), ((4, 0), "out_features")])
+def test_a_layer_of_nothing_is_an_error(sizes: tuple[int, int], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got 0"):
+        AnalogLinear(*sizes, rpu_config=ideal())
+
+
 def test_layers_do_not_share_their_config() -> None:
     config = learned_clip(res=254)
     first, second = (AnalogLinear(4, 2, rpu_config=config) for _ in range(2))
@@ -150,7 +157,10 @@ def test_a_stored_range_is_a_parameter_with_an_integer_counter() -> None:
     layer = AnalogLinear(40, 8, dtype=torch.bfloat16, rpu_config=tiled(ranged(init_value=2.0)))
     assert torch.equal(layer.input_range, torch.full((3,), 2.0, dtype=torch.bfloat16))
     assert isinstance(layer.input_range, nn.Parameter)
-    assert dict(layer.named_buffers()).keys() == {"input_range_update_idx", "x_min", "x_max"}
+    assert dict(layer.named_buffers()).keys() == {
+        *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
+    }
+    assert "input_range_residual" not in layer.state_dict()
     assert not layer.input_range_update_idx.is_floating_point()
 
 
@@ -173,7 +183,7 @@ def test_a_learned_clip_starts_at_the_largest_weights() -> None:
 
 def test_slices_are_nearly_equal() -> None:
     assert (
-        AnalogLinear(257, 2, rpu_config=tiled(ranged(), 128)).in_sizes
+        AnalogLinear(257, 2, rpu_config=tiled(ranged(), 128)).get_split_sizes()
         == reference.split_sizes(257, 128)
         == [86, 86, 85]
     )
@@ -183,13 +193,13 @@ def test_reset_parameters_also_resets_ranges_and_clip_after_to_empty() -> None:
     with torch.device("meta"):
         layer = AnalogLinear(40, 8, rpu_config=everything())
     layer.to_empty(device="cpu")
-    for tensor in layer.state_dict(keep_vars=True).values():
+    for tensor in (*layer.parameters(), *layer.buffers()):
         tensor.data.fill_(77)
     layer.reset_parameters()
     assert layer.weight.abs().max() < 1
     assert torch.equal(layer.input_range, torch.full((3,), 3.0))
     assert torch.equal(layer.learnable_weight_clip, reference.absmax(layer.weight.detach(), 3))
-    for buffer in (layer.input_range_update_idx, layer.x_min, layer.x_max):
+    for buffer in layer.buffers():
         assert torch.equal(buffer, torch.zeros_like(buffer))
 
 
@@ -205,7 +215,9 @@ def test_the_first_training_batches_set_the_range_before_it_is_used(learned: boo
     for x, expected in zip(batches, [stds[0], (stds[0] + stds[1]) / 2, (stds[0] + stds[1]) / 2], strict=True):
         y = layer(x)
         torch.testing.assert_close(layer.input_range.detach(), 2.5 * expected)
-        clamped = [part.clamp(-r, r) for part, r in zip(x.split(layer.in_sizes, -1), 2.5 * expected, strict=True)]
+        clamped = [
+            part.clamp(-r, r) for part, r in zip(x.split(layer.get_split_sizes(), -1), 2.5 * expected, strict=True)
+        ]
         expected_y = nn.functional.linear(torch.cat(clamped, -1), layer.weight, layer.bias)
         torch.testing.assert_close(y, expected_y, atol=1e-4, rtol=1e-4)
     assert layer.input_range_update_idx.tolist() == [2, 2, 2]
@@ -230,7 +242,7 @@ def test_fast_mode_tracks_extreme_values() -> None:
     for x in batches:
         layer(x)
     torch.testing.assert_close(layer.input_range.detach(), reference.absmax(torch.cat(batches), 3).amax(1))
-    parts = torch.cat(batches).split(layer.in_sizes, -1)
+    parts = torch.cat(batches).split(layer.get_split_sizes(), -1)
     torch.testing.assert_close(layer.x_min, torch.stack([part.min() for part in parts]))
 
 
@@ -240,6 +252,38 @@ def test_a_start_up_of_500_batches_ends_in_bfloat16() -> None:
     for _ in range(246):
         layer(torch.randn(3, 4, dtype=torch.bfloat16))
     assert layer.input_range_update_idx.item() == 500
+
+
+def test_a_start_up_in_bfloat16_ends_where_that_in_float32_does() -> None:
+    config = ranged(init_from_data=500)
+    narrow, wide = (AnalogLinear(4, 2, dtype=dtype, rpu_config=config) for dtype in (torch.bfloat16, torch.float32))
+    for step in range(500):
+        x = torch.randn(16, 4, dtype=torch.bfloat16) * (1 if step < 250 else 1.5)
+        with torch.no_grad():
+            narrow(x)
+            wide(x.float())
+    ulp = 2.0**-7 * 2  # between 2 and 4
+    assert 3 < wide.input_range.item() < 4
+    assert abs(narrow.input_range.item() - wide.input_range.item()) <= ulp
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.randn(3, 39), ValueError, r"x: got shape \(3, 39\)"),
+        (torch.randn(3, 40, dtype=torch.float64), TypeError, "x: dtype torch.float64"),
+        (torch.ones(3, 40, dtype=torch.int64), TypeError, "x: got dtype torch.int64"),
+        (torch.tensor(1.0), ValueError, "x: a single number"),
+    ],
+    ids=["features", "dtype", "integers", "number"],
+)
+def test_a_refused_call_changes_nothing(x: Tensor, error: Any, message: str) -> None:
+    layer = AnalogLinear(40, 8, rpu_config=everything())
+    layer(torch.randn(5, 40))
+    before = copy.deepcopy([*layer.parameters(), *layer.buffers()])
+    with pytest.raises(error, match=message):
+        layer(x)
+    assert all(map(torch.equal, before, [*layer.parameters(), *layer.buffers()]))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -353,6 +397,15 @@ def test_a_gaussian_clip_clamps_to_unbiased_deviations(per_channel: bool, dtype:
     assert layer.weight.grad_fn is None
 
 
+def test_a_weight_computed_after_construction_cannot_be_changed() -> None:
+    layer = parametrize.register_parametrization(
+        AnalogLinear(40, 8, rpu_config=gaussian(WeightClipType.LAYER_GAUSSIAN)), "weight", nn.Tanh()
+    )
+    for change in (layer.clip_weights, layer.quantize_weights, lambda: layer.set_weights(torch.zeros(8, 40))):
+        with pytest.raises(ValueError, match=r"weight: .* is not a parameter but computed from others"):
+            change()
+
+
 @pytest.mark.parametrize("config", [ideal(), learned_clip()], ids=["none", "learned"])
 def test_other_clips_leave_the_stored_weight_alone(config: TorchInferenceRPUConfig) -> None:
     layer = AnalogLinear(40, 8, rpu_config=config)
@@ -402,6 +455,10 @@ def test_wrong_weights_are_named_and_change_nothing() -> None:
         layer.set_weights_and_biases(torch.randn(2, 4), torch.randn(4))
     with pytest.raises(ValueError, match=r"bias: given, but .* bias=False"):
         AnalogLinear(4, 2, bias=False, rpu_config=ideal()).set_weights_and_biases(torch.randn(2, 4), torch.randn(2))
+    with pytest.raises(TypeError, match=r"weight: got list; a torch\.Tensor is needed"):
+        layer.set_weights([[0.0] * 4] * 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bias: got float"):
+        layer.set_weights_and_biases(torch.randn(2, 4), 1.0)  # type: ignore[arg-type]
     assert torch.equal(layer.weight, before)
 
 
@@ -452,6 +509,11 @@ def test_from_digital_without_bias_and_back() -> None:
     layer = AnalogLinear.from_digital(nn.Linear(4, 2, bias=False), ideal())
     assert layer.bias is None
     assert AnalogLinear.to_digital(layer).bias is None
+
+
+def test_from_digital_of_another_layer_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"module: got Conv1d; a torch\.nn\.Linear is needed"):
+        AnalogLinear.from_digital(nn.Conv1d(4, 2, 1), ideal())  # type: ignore[arg-type]
 
 
 def test_from_digital_draws_no_random_numbers() -> None:
@@ -579,12 +641,60 @@ def test_a_torch_state_dict_loads_and_restarts_the_learned_clip() -> None:
     assert layer.rpu_config == everything()
 
 
-def test_a_floating_counter_of_the_predecessor_loads() -> None:
-    layer = AnalogLinear(40, 8, rpu_config=tiled(ranged()))
-    state = layer.state_dict()
-    state["input_range_update_idx"] = torch.tensor([-torch.inf, 7.0, 0.0])  # -inf marks a calibrated range
+def test_a_torch_state_dict_loads_strictly_where_it_has_every_parameter() -> None:
+    model, digital = nn.Sequential(AnalogLinear(40, 8, rpu_config=tiled(ideal()))), nn.Sequential(nn.Linear(40, 8))
+    model.load_state_dict(digital.state_dict())
+    assert torch.equal(model[0].weight, digital[0].weight)
+    assert model[0].rpu_config == tiled(ideal())
+    with pytest.raises(RuntimeError, match=r"Missing key.*input_range"):
+        AnalogLinear(40, 8, rpu_config=ranged()).load_state_dict(nn.Linear(40, 8).state_dict())
+
+
+def test_a_state_dict_of_the_predecessor_loads_strictly() -> None:
+    layer = AnalogLinear(40, 8, rpu_config=everything())
+    layer.input_range_residual.fill_(1)
+    state = {
+        "weight": torch.randn(8, 40),
+        "bias": torch.randn(8),
+        "input_range": torch.rand(3),
+        "learnable_weight_clip": torch.rand(3, 8),
+        "input_range_update_idx": torch.tensor([-torch.inf, 7.0, 0.0]),  # -inf marks a calibrated range
+        "x_min": torch.zeros(3),
+        "x_max": torch.zeros(3),
+    }
     layer.load_state_dict(state)
+    assert layer.rpu_config == everything()
     assert layer.input_range_update_idx.tolist() == [100, 7, 0]
+    assert all(torch.equal(own, state[name]) for name, own in layer.named_parameters())
+    assert not layer.input_range_residual.any()
+
+
+def test_a_state_dict_fills_a_layer_without_memory() -> None:
+    layer = AnalogLinear(40, 8, device="meta", rpu_config=everything())
+    layer.load_state_dict(trained().state_dict(), assign=True)
+    layer(torch.randn(5, 40)).sum().backward()
+    assert layer.input_range_update_idx.tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("wrong", ["wrold", "", 3, [0, 1]])
+def test_a_process_group_that_is_none_is_an_error(wrong: Any) -> None:
+    layer = AnalogLinear(4, 2, rpu_config=ranged())
+    with pytest.raises(ValueError, match=r"process_group: got .*; allowed are 'world'"):
+        layer.process_group = wrong
+    assert layer.process_group == "world"
+
+
+def test_copies_share_a_process_group_and_pickles_leave_it_behind(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer = AnalogLinear(4, 2, rpu_config=ranged())
+        layer.process_group = dist.new_group([0])
+        assert copy.deepcopy(layer).process_group is layer.process_group
+        assert pickle.loads(pickle.dumps(layer)).process_group == "world"
+        layer.process_group = None
+        assert pickle.loads(pickle.dumps(layer)).process_group is None
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
@@ -611,6 +721,7 @@ def test_numbers_may_change_between_forwards_and_are_checked() -> None:
         layer(x)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     ("config", "change"),
     [
@@ -621,11 +732,16 @@ def test_numbers_may_change_between_forwards_and_are_checked() -> None:
     ],
     ids=["enable", "dynamic", "learned clip", "slices"],
 )
-def test_changes_that_need_other_parameters_are_refused_by_the_forward(config: Any, change: Any) -> None:
+def test_changes_that_need_other_parameters_are_refused_by_the_forward(
+    config: Any, change: Any, compiled: bool
+) -> None:
     layer = AnalogLinear(40, 8, rpu_config=config)
+    torch._dynamo.reset()
+    forward = torch.compile(layer, backend="eager") if compiled else layer
+    forward(torch.randn(5, 40))
     change(layer.rpu_config)
     with pytest.raises(ConfigError, match=r"the config was changed and now needs .* layer\.reconfigure"):
-        layer(torch.randn(5, 40))
+        forward(torch.randn(5, 40))
 
 
 def test_reconfigure_adds_and_removes_parameters() -> None:
@@ -716,6 +832,38 @@ def test_a_container_lists_each_layer_once_and_acts_on_all() -> None:
     assert seen == list(model.analog_layers())
     model.quantize_weights()
     assert shared.rpu_config.modifier.quantization_type is WeightQuantizationType.NONE
+
+
+def tied(*configs: TorchInferenceRPUConfig) -> AnalogSequential:
+    """Layers that share one weight."""
+    layers = [AnalogLinear(40, 40, rpu_config=config) for config in configs]
+    for layer in layers:
+        layer.weight = layers[0].weight
+    return AnalogSequential(*layers)
+
+
+@pytest.mark.parametrize("sigmas", [(0.5, 0.5), (0.5, 0.7)], ids=["equal clips", "different clips"])
+def test_a_shared_weight_is_clipped_once_for_equal_clips(sigmas: tuple[float, float]) -> None:
+    model = tied(*(gaussian(WeightClipType.LAYER_GAUSSIAN, sigma) for sigma in sigmas))
+    expected = model[0].weight.detach().clone()
+    for sigma in dict.fromkeys(sigmas):
+        bound = sigma * expected.std()
+        expected.clamp_(-bound, bound)
+    model.clip_weights()
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (16, 20)], ids=["equal slices", "different slices"])
+def test_a_shared_weight_is_quantized_once_for_equal_slices(widths: tuple[int, int]) -> None:
+    config = ideal()
+    config.modifier.res, config.modifier.quantization_type = 15, WeightQuantizationType.DISCRETIZE
+    model = tied(*(tiled(copy.deepcopy(config), width) for width in widths))
+    expected = model[0].weight.detach()
+    for slices in dict.fromkeys(layer.slices for layer in model):
+        expected, _ = reference.weight(expected, slices, quantization="per_tensor", res=15)
+    model.quantize_weights()
+    torch.testing.assert_close(model[0].weight.detach(), expected)
+    assert all(layer.rpu_config.modifier.quantization_type is WeightQuantizationType.NONE for layer in model)
 
 
 # ---- Compiled ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -162,6 +163,57 @@ def test_a_copy_clips_the_copied_model(copied: Any, called: bool) -> None:
     assert torch.equal(net[0].weight, own)
 
 
+def test_tied_weights_are_clipped_once() -> None:
+    first, second = (AnalogLinear(6, 6, rpu_config=clipped()) for _ in range(2))
+    second.weight = first.weight
+    net = AnalogSequential(first, second)
+    optimizer = AnalogOptimizer(SGD, net.analog_layers, net.parameters(), lr=0.1)
+    before = first.weight.detach().clone()
+    step(net, optimizer)
+    assert is_clipped(first, before)
+
+
+def train(net: nn.Module, optimizer: Optimizer, steps: int) -> list[str]:
+    """Steps of several forwards each; returns what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            net(torch.randn(3, 6))
+            step(net, optimizer)
+    return [str(warning.message) for warning in caught]
+
+
+def test_weights_that_are_never_clipped_are_warned_of_once() -> None:
+    net = AnalogSequential(AnalogLinear(6, 4, rpu_config=clipped()))
+    optimizer = SGD(net.parameters(), lr=0.01)
+    assert train(net, optimizer, 90) == []
+    (message,) = train(net, optimizer, 200)
+    assert "without clip_weights() being called" in message
+    assert "AnalogOptimizer" in message
+
+
+@pytest.mark.parametrize("kind", ["AnalogOptimizer", "tied", "no clip", "compiled", "by hand"])
+def test_weights_that_need_no_warning_give_none(kind: str) -> None:
+    net = AnalogSequential(AnalogLinear(6, 6, rpu_config=clipped()), AnalogLinear(6, 6, rpu_config=clipped()))
+    optimizer: Optimizer = AnalogOptimizer(SGD, net.analog_layers, net.parameters(), lr=0.01)
+    model: Any = net
+    if kind == "tied":
+        net[1].weight = net[0].weight
+    elif kind == "no clip":
+        for layer in net.analog_layers():
+            layer.reconfigure(TorchInferenceRPUConfig())
+        optimizer = SGD(net.parameters(), lr=0.01)
+    elif kind == "compiled":
+        optimizer = SGD(net.parameters(), lr=0.01)
+        torch._dynamo.reset()
+        model = torch.compile(net, fullgraph=True, backend="eager")
+    elif kind == "by hand":
+        optimizer = SGD(net.parameters(), lr=0.01)
+        optimizer.register_step_post_hook(lambda *_: net.clip_weights())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert train(model, optimizer, 120) == []
+
+
 def test_a_converted_model_is_clipped() -> None:
     net = convert_to_analog(nn.Sequential(nn.Linear(6, 4)), clipped())
     optimizer = AnalogOptimizer(SGD, net.analog_layers, net.parameters(), lr=0.1)
@@ -179,6 +231,7 @@ def test_a_converted_model_is_clipped() -> None:
             TypeError,
             "analog_layers: got an iterable that holds a Parameter; pass the method",
         ),
+        (model(), TypeError, "analog_layers: got AnalogSequential; pass the method model.analog_layers"),
         ([nn.Linear(2, 2)], TypeError, "analog_layers: got an iterable that holds a Linear; pass the method"),
         (iter(()), ValueError, "analog_layers: got an iterable without any layer, .* used up before; pass the method"),
     ],

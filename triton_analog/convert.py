@@ -6,15 +6,17 @@ import copy
 import difflib
 import logging
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.base import AnalogLayerBase, check_config
-from triton_analog.nn.containers import AnalogSequential, AnalogWrapper
+from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
 from triton_analog.nn.linear import AnalogLinear
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ and ``to_digital(module)``."""
 
 ConfigFunction = Callable[[str, nn.Module, TorchInferenceRPUConfig], TorchInferenceRPUConfig]
 
+_DIGITAL_ONLY = (_ConvNd, nn.RNNBase, nn.RNNCellBase)
+"""Layers with a matrix that tiles could hold: they are named where no analog class replaces them."""
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -37,6 +42,12 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
     "_is_full_backward_hook",
+)
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -57,10 +68,13 @@ def convert_to_analog(
     """``module`` with its torch layers replaced by analog ones.
 
     Parameters keep their values, ``requires_grad``, device and dtype; tied parameters stay tied and shared modules shared;
-    training mode and forward and backward hooks stay. With ``inplace=True`` the parameters are the very same objects.
-    Modules that are analog already stay as they are. Subclasses of a class in the map are not replaced, as their own
-    forward would be lost, nor are weights that a hook or parametrization computes, nor ``nn.MultiheadAttention``, which
-    calls its projections as functions: one warning names them all. Everything is checked before anything is changed.
+    training mode, hooks, and attributes and buffers that were added to a layer stay. With ``inplace=True`` the parameters
+    are the very same objects. Modules that are analog already stay as they are.
+
+    Subclasses of a class in the map are not replaced, as their own forward would be lost, nor are layers whose forward was
+    replaced on the instance, nor weights that are empty or computed by a hook or parametrization, nor
+    ``nn.MultiheadAttention``, which calls its projections as functions. One warning names them all, and the convolutions
+    and recurrent layers without an analog class. Everything is checked before anything is changed.
 
     Args:
         module: The model, or a single layer.
@@ -80,7 +94,7 @@ def convert_to_analog(
     Raises:
         ConfigError: a config is not valid.
         ValueError: ``exclude_modules`` holds a name that is not in the model.
-        TypeError: an argument of another type.
+        TypeError: an argument of another type, or a root whose own methods an :class:`AnalogWrapper` would hide.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; a torch.nn.Module is needed")
@@ -97,14 +111,15 @@ def convert_to_analog(
         if not issubclass(classes[type(layer)], AnalogSequential)
     }
     chosen = {id(layer): layer for _, layer in layers}
+    if ensure_analog_root and id(module) not in chosen and not isinstance(module, AnalogLayerBase):
+        check_names(module)
 
     def convert(name: str, old: nn.Module) -> nn.Module:
         if id(old) not in chosen:
             return old
         analog_class = classes[type(old)]
         new = analog_class.from_digital(old, configs.get(id(old)))
-        # The same dictionaries, so that the handles of the hooks can still remove them.
-        new.__dict__.update({hooks: old.__dict__[hooks] for hooks in _HOOKS})
+        _carry_over(old, new)
         if inplace:
             getattr(analog_class, "move_to_meta", AnalogLayerBase.move_to_meta)(old)
         if verbose:
@@ -162,10 +177,11 @@ def _select(
             if not candidate.IS_CONTAINER:
                 skip.update(map(id, candidate.modules()))
         elif kind in classes:
-            if _has_computed_weights(candidate):
-                left.append((name, "its weight is computed by a hook"))
-            else:
+            obstacle = _obstacle(candidate)
+            if obstacle is None:
                 layers.append((name, candidate))
+            elif kind in kinds:
+                left.append((name, obstacle))
         elif is_parametrized(candidate) and issubclass(kind, kinds):
             left.append((name, "its weight is computed by a parametrization"))
         elif isinstance(candidate, nn.MultiheadAttention):
@@ -173,7 +189,21 @@ def _select(
             left.append((name, f"{kind.__name__} calls its projections as functions"))
         elif issubclass(kind, kinds):
             left.append((name, f"{kind.__name__} is a subclass with a forward of its own"))
+        elif isinstance(candidate, _DIGITAL_ONLY):
+            left.append((name, f"no analog class for {kind.__name__}"))
     return layers, left
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why ``module``, whose class has an analog one, cannot be replaced."""
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if _has_computed_weights(module):
+        return "its weight is computed by a hook"
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.numel() == 0:
+        return "its weight is empty"
+    return None
 
 
 def _has_computed_weights(module: nn.Module) -> bool:
@@ -213,7 +243,8 @@ def convert_to_digital(
 ) -> Any:
     """``module`` with its analog layers replaced by torch ones and its analog wrappers taken off.
 
-    Weights and biases stay, with ties, sharing, mode and hooks; input ranges, learned clips and configs are left behind.
+    Weights and biases stay, with ties, sharing, mode, hooks and what was added to a layer; input ranges, learned clips and
+    configs are left behind.
 
     Args:
         module: The model, or a single layer.
@@ -241,7 +272,7 @@ def convert_to_digital(
             return old
         kind: Any = type(old)
         new = kind.to_digital(old)
-        new.__dict__.update({hooks: old.__dict__[hooks] for hooks in _HOOKS})
+        _carry_over(old, new, skip={"forward", *getattr(old, "ANALOG_NAMES", ())})
         logger.debug("%s: %s -> %s", name, kind.__name__, type(new).__name__)
         return new
 
@@ -269,6 +300,29 @@ def _replace(
                 if new_child is not child:
                     new._modules[child_name] = new_child
     return done[id(module)][1]
+
+
+def _carry_over(old: nn.Module, new: nn.Module, skip: Collection[str] = ()) -> None:
+    """Give ``new`` the hooks of ``old`` and, without the names in ``skip``, what was added to it."""
+    # The same dictionaries, so that the handles of the hooks can still remove them.
+    new.__dict__.update({hooks: old.__dict__[hooks] for hooks in _HOOKS})
+    if not (isinstance(new, type(old)) or isinstance(old, type(new))):
+        return  # two layouts: the rest of the old module is part of its own
+    for hooks in _STATE_HOOKS:
+        old.__dict__[hooks].update(new.__dict__[hooks])
+        new.__dict__[hooks] = old.__dict__[hooks]
+    hook: Any
+    for hook in new._load_state_dict_pre_hooks.values():
+        if hook.with_module:  # torch hands the hook the module that it was registered on
+            hook.module = weakref.ref(new)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        for name, value in old.__dict__[registry].items():
+            if name not in skip:
+                new.__dict__[registry].setdefault(name, value)
+    new._non_persistent_buffers_set |= old._non_persistent_buffers_set.difference(skip)
+    for name, value in vars(old).items():
+        if name not in skip:
+            new.__dict__.setdefault(name, value)
 
 
 def _set_fast_paths(root: nn.Module) -> None:

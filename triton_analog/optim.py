@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
-from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.base import AnalogLayerBase, clip_each_weight
 
 Layers = Callable[[], Iterable[AnalogLayerBase]] | list[AnalogLayerBase]
 
@@ -16,8 +17,8 @@ class AnalogOptimizer(Optimizer):
     """``AnalogOptimizer(SGD, model.analog_layers, model.parameters(), lr=0.1)``: an ``SGD`` that clips analog weights.
 
     The result is an instance of the given optimizer class. After each of its steps, ``clip_weights()`` of every analog
-    layer runs. Closures, schedulers, gradient scalers and state dicts work as with the given class; a copy or pickle
-    takes the model along.
+    layer runs; a weight that layers share is clipped once for equal clips. Closures, schedulers, gradient scalers and state
+    dicts work as with the given class; a copy or pickle takes the model along.
 
     Args:
         optimizer_class: A subclass of ``torch.optim.Optimizer``.
@@ -59,8 +60,7 @@ class AnalogOptimizer(Optimizer):
 
 def _clip_weights(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     layers = optimizer._analog_layers  # type: ignore[attr-defined]
-    for layer in layers() if callable(layers) else layers:
-        layer.clip_weights()
+    clip_each_weight(layers() if callable(layers) else layers)
 
 
 def _check_class(optimizer_class: Any) -> type[Optimizer]:
@@ -75,9 +75,9 @@ def _check_class(optimizer_class: Any) -> type[Optimizer]:
 
 def _check_layers(layers: Any) -> Layers:
     remedy = "pass the method model.analog_layers (convert_to_analog and AnalogWrapper give every model one)"
-    if callable(layers):
+    if callable(layers) and not isinstance(layers, nn.Module):  # modules are callable, but give outputs
         return layers
-    if not isinstance(layers, Iterable):
+    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
         raise TypeError(f"analog_layers: got {type(layers).__name__}; {remedy}")
     listed = list(layers)
     for layer in listed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any, ClassVar
 
@@ -21,12 +22,15 @@ from triton_analog.config import (
     WeightNoiseInjectionType,
     WeightQuantizationType,
 )
-from triton_analog.functional import analog_linear, update_input_range
+from triton_analog.functional import analog_linear, check_input, update_input_range
 from triton_analog.ops.input_range import recomputing
 from triton_analog.reference import num_slices, split_sizes
 
 STATE_BYTES = 1024
 """Length of the config in a state dict: padded, so that loaders that fill existing tensors find one of the same size."""
+
+CHANGES_WITHOUT_CLIP = 100
+"""So many changes of a weight, without the clip that its config asks for, are worth a warning."""
 
 _QUANTIZATION = {
     WeightQuantizationType.NONE: "none",
@@ -38,6 +42,7 @@ _NOISE = {
     WeightNoiseInjectionType.ADD_NORMAL: "per_tensor",
     WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL: "per_channel",
 }
+_GAUSSIAN_CLIP = (WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL)
 _PER_CHANNEL_CLIP = (WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, WeightClipType.LEARNABLE_PER_CHANNEL)
 
 
@@ -84,6 +89,19 @@ class AnalogLayerBase(nn.Module):
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
+class _Ranks:
+    """Holds the process group of a layer, which copies of the layer share and pickles leave behind."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> _Ranks:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Ranks, (None if self.group is None else "world",)
+
+
 class AnalogMatrixLayer(AnalogLayerBase):
     """A layer around one analog product with ``weight``, seen as a matrix ``[N, K]``.
 
@@ -94,14 +112,24 @@ class AnalogMatrixLayer(AnalogLayerBase):
     - ``input_range [S]``: the stored input ranges (a parameter; its magnitude counts),
     - ``learnable_weight_clip [S, N]``: the learned clip (a parameter; its magnitude counts),
     - ``input_range_update_idx [S]``, ``x_min [S]``, ``x_max [S]``: batches seen by the start-up of the ranges, and
-      the running extreme values of its fast mode (buffers).
+      the running extreme values of its fast mode (buffers),
+    - ``input_range_residual [S]``: what the dtype of the ranges rounded off in the start-up (a buffer that is not saved).
 
     ``tile_shape`` is ``(N, K)``, also while a sharding library keeps the weight in another shape. ``rpu_config`` is this
     layer's own copy. Numbers in it may be changed at any time (a compiled layer is then compiled anew);
     :meth:`reconfigure` also adds and removes the parameters that another config needs. The config travels in the state
-    dict (``_extra_state``) and is restored from it; to keep the layer's own, drop that key and load with
-    ``strict=False``.
+    dict (``_extra_state``) and is restored from it; without that key the layer keeps its own.
     """
+
+    ANALOG_NAMES: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("input_range", "learnable_weight_clip"),
+            *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
+            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked"),
+            *("_weight_version", "_changes_without_clip"),
+        }
+    )
+    """What an instance holds beyond its torch layer, and leaves behind when it becomes digital."""
 
     weight: Tensor
     bias: Any
@@ -110,16 +138,15 @@ class AnalogMatrixLayer(AnalogLayerBase):
     input_range_update_idx: Tensor | None
     x_min: Tensor | None
     x_max: Tensor | None
+    input_range_residual: Tensor | None
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
     _forwards_seen: int | None
     _checked: TorchInferenceRPUConfig | None
 
-    process_group: Any = "world"
-    """Ranks that share the statistics of the input range's start-up: ``"world"`` is every rank once ``torch.distributed``
-    is initialised, None is this rank alone, or a process group. Set it on the layer where not every rank runs the layer
-    in every step (pipelines, experts): the ranks of the group wait for each other.
-    """
+    _process_group = _Ranks("world")
+    _weight_version = 0
+    _changes_without_clip = 0
 
     # ---- Construction -------------------------------------------------------------------------------------------------
 
@@ -135,6 +162,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
             self.register_parameter(name, None)
         for name in ("input_range_update_idx", "x_min", "x_max"):
             self.register_buffer(name, None)
+        self.register_buffer("input_range_residual", None, persistent=False)
         self._fit_state()
 
     def take_parameters(self, module: nn.Module) -> None:
@@ -143,13 +171,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
         Raises:
             ValueError: its weight is not a parameter but computed by a hook or parametrization.
         """
-        own: Any = module._parameters
-        if own.get("weight") is None:
-            raise ValueError(
-                f"module: the weight of this {type(module).__name__} is not a parameter but computed from others "
-                "(weight_norm, pruning, a parametrization); remove that first, or leave the layer digital"
-            )
-        self.weight, self.bias = own["weight"], own["bias"]
+        self.weight, self.bias = _stored_weight(module), module._parameters["bias"]
         self.training = module.training
         self.input_range = self.learnable_weight_clip = None
         self._fit_state()
@@ -165,7 +187,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
         """Ranges at their initial value with the start-up still to come; a learned clip at the largest weights."""
         if self.input_range is not None:
             self.input_range.fill_(self.rpu_config.pre_post.input_range.init_value)
-            for buffer in (self.input_range_update_idx, self.x_min, self.x_max):
+            for buffer in (self.input_range_update_idx, self.x_min, self.x_max, self.input_range_residual):
                 assert buffer is not None
                 buffer.zero_()
         self._forwards_seen = None
@@ -182,13 +204,13 @@ class AnalogMatrixLayer(AnalogLayerBase):
         range_ = self.rpu_config.pre_post.input_range
         like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         if not _is_static(self.rpu_config):
-            self.input_range = self.input_range_update_idx = self.x_min = self.x_max = None
+            self.input_range = self.input_range_update_idx = self.x_min = self.x_max = self.input_range_residual = None
         elif self.input_range is None:
             start = torch.full((self.slices,), range_.init_value, **like)
             self.input_range = nn.Parameter(start, requires_grad=range_.learn_input_range)
             # An integer: a counter in half precision stops growing at 256.
             self.input_range_update_idx = torch.zeros(self.slices, dtype=torch.int64, device=self.weight.device)
-            self.x_min, self.x_max = torch.zeros(self.slices, **like), torch.zeros(self.slices, **like)
+            self.x_min, self.x_max, self.input_range_residual = (torch.zeros(self.slices, **like) for _ in range(3))
         if not _learns_clip(self.rpu_config):
             self.learnable_weight_clip = None
         elif self.learnable_weight_clip is None:
@@ -209,10 +231,32 @@ class AnalogMatrixLayer(AnalogLayerBase):
         """Number of slices ``S`` of the ``K`` inputs."""
         return num_slices(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
 
-    @property
-    def in_sizes(self) -> list[int]:
+    def get_split_sizes(self) -> list[int]:
         """Width of every slice."""
         return split_sizes(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
+
+    @property
+    def process_group(self) -> Any:
+        """Ranks that share the statistics of the input range's start-up: ``"world"`` (the default) is every rank once
+        ``torch.distributed`` is initialised, None is this rank alone, or a process group.
+
+        Set it where not every rank runs the layer in every step (pipelines, experts): the ranks of the group wait for
+        each other. Copies of the layer share the group; a pickle returns to ``"world"``.
+
+        Raises:
+            ValueError: set to something else.
+        """
+        return self._process_group.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        named = group is None or (isinstance(group, str) and group == "world")
+        if not named and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise ValueError(
+                f"process_group: got {group!r}; allowed are 'world' (every rank), None (this rank alone), and a process "
+                "group that this rank is in, such as torch.distributed.new_group(ranks)"
+            )
+        self._process_group = _Ranks(group)
 
     def reconfigure(self, rpu_config: TorchInferenceRPUConfig) -> None:
         """Change to a copy of ``rpu_config``, adding and removing parameters as it needs; the others keep their values.
@@ -223,7 +267,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
             ConfigError: the config is not valid or cuts the inputs into other slices. The layer is then unchanged.
         """
         check_config(rpu_config)
-        new, old = split_sizes(self.tile_shape[1], rpu_config.mapping.max_input_size), self.in_sizes
+        new, old = split_sizes(self.tile_shape[1], rpu_config.mapping.max_input_size), self.get_split_sizes()
         if new != old:
             raise ConfigError(
                 f"mapping.max_input_size: got {rpu_config.mapping.max_input_size}, which cuts {sum(new)} inputs into slices "
@@ -236,8 +280,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
         self._fit_state()
 
     def _check_state(self) -> None:
-        """The config, changed by hand since it was last seen, is valid and fits the parameters there are."""
-        self.rpu_config.validate()
+        """The config, changed by hand since it was last seen, fits the parameters there are. Compilers trace this."""
         S, N = self.slices, self.tile_shape[0]
         for path, parameter, shape in (
             ("pre_post.input_range", self.input_range, (S,) if _is_static(self.rpu_config) else None),
@@ -253,8 +296,10 @@ class AnalogMatrixLayer(AnalogLayerBase):
     def _settings(self) -> dict[str, Any]:
         """The config as keyword arguments of ``analog_linear``, checked again whenever it has changed."""
         if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
+            self._check_state()
             return {name: _constant(value) for name, value in settings(self.rpu_config).items()}
         if self.rpu_config != self._checked:
+            self.rpu_config.validate()
             self._check_state()
             self._checked = copy.deepcopy(self.rpu_config)
         return settings(self.rpu_config)
@@ -264,14 +309,18 @@ class AnalogMatrixLayer(AnalogLayerBase):
     def analog_matmul(self, x: Tensor) -> Tensor:
         """``x [..., K]`` times the analog matrix, plus the bias: ``[..., N]``.
 
-        In training, a stored input range first learns from ``x`` while its start-up lasts.
+        In training, a stored input range first learns from ``x`` while its start-up lasts. A refused call changes nothing.
         """
         keywords = self._settings()
+        matrix = self.matrix
+        check_input(x, matrix)
         if self.training and self.input_range is not None:
             self._update_input_range(x)
+        if self.training and self.rpu_config.clip.type in _GAUSSIAN_CLIP:
+            self._watch_for_the_clip()
         return analog_linear(
             x,
-            self.matrix,
+            matrix,
             self.bias,
             input_range=self.input_range,
             weight_clip=self.learnable_weight_clip,
@@ -297,6 +346,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
             x_min=self.x_min,
             x_max=self.x_max,
             act_range_momentum=_constant(range_.act_range_momentum),
+            residual=self.input_range_residual,
             process_group=group,
         )
 
@@ -325,6 +375,28 @@ class AnalogMatrixLayer(AnalogLayerBase):
         self._forwards_seen += 1
         return self._forwards_seen > init_from_data
 
+    def _watch_for_the_clip(self) -> None:
+        """Warn once if the weight goes on changing but is never clipped: then some other optimizer takes the steps.
+
+        Every change in place raises the version of a tensor, a number on the host. Forwards would be the wrong thing to
+        count: a recurrent layer, or the accumulation of gradients, runs many of them per step. A compiled forward must not
+        change Python state, so it does not watch.
+        """
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return
+        version = self.weight._version
+        if version == self._weight_version:
+            return
+        self._weight_version = version
+        self._changes_without_clip += 1
+        if self._changes_without_clip == CHANGES_WITHOUT_CLIP:
+            warnings.warn(
+                f"clip.type is {self.rpu_config.clip.type.name}, but the weight has changed {CHANGES_WITHOUT_CLIP} times "
+                "without clip_weights() being called. Train with triton_analog.optim.AnalogOptimizer, which clips after "
+                "each step, or call model.clip_weights() after each step of your own optimizer.",
+                stacklevel=2,
+            )
+
     # ---- Weights ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -332,10 +404,12 @@ class AnalogMatrixLayer(AnalogLayerBase):
         """Copy ``weight`` (of the shape of ``self.weight``) into the layer; a learned clip starts anew from it, in place.
 
         Raises:
-            ValueError: another shape.
+            TypeError: ``weight`` is no tensor.
+            ValueError: another shape, or the layer's weight is computed from other parameters.
         """
-        _check_shape("weight", weight, self.weight)
-        self.weight.copy_(weight)
+        own = _stored_weight(self)
+        _check_shape("weight", weight, own)
+        own.copy_(weight)
         self.reset_weight_clip()
 
     @torch.no_grad()
@@ -343,6 +417,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
         """:meth:`set_weights`, and copy ``bias [N]`` if one is given.
 
         Raises:
+            TypeError: ``weight`` or ``bias`` is no tensor.
             ValueError: another shape, or a bias for a layer without one.
         """
         if bias is not None:
@@ -365,14 +440,16 @@ class AnalogMatrixLayer(AnalogLayerBase):
 
         Only for the Gaussian kinds of clip; others do nothing here. The deviation is the unbiased one, in fp32. Nothing
         waits for the device.
+
+        Raises:
+            ValueError: the weight is computed from other parameters, so that there is nothing to clamp.
         """
-        clip, weight = self.rpu_config.clip, self.weight.detach()
-        if clip.type is WeightClipType.LAYER_GAUSSIAN:
-            dims = tuple(range(weight.ndim))
-        elif clip.type is WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL:
-            dims = tuple(range(1, weight.ndim))
-        else:
+        self._changes_without_clip = 0
+        clip = self.rpu_config.clip
+        if clip.type not in _GAUSSIAN_CLIP:
             return
+        weight = _stored_weight(self).detach()
+        dims = tuple(range(0 if clip.type is WeightClipType.LAYER_GAUSSIAN else 1, weight.ndim))
         if prod(weight.shape[dim] for dim in dims) < 2:
             return  # a single number has no deviation
         wide = weight if weight.dtype == torch.float64 else weight.float()
@@ -384,8 +461,11 @@ class AnalogMatrixLayer(AnalogLayerBase):
         """Replace the stored weight by its clipped and quantized value and switch both off in this layer's config.
 
         A learned clip is dropped with it, and with a clip per channel the bound of the ADC becomes one per slice.
+
+        Raises:
+            ValueError: the weight is computed from other parameters, so that there is nothing to replace.
         """
-        modifier, clip = self.rpu_config.modifier, self.rpu_config.clip
+        weight, modifier = _stored_weight(self), self.rpu_config.modifier
         quantized, _ = ops.weight(
             self.matrix,
             self.slices,
@@ -393,9 +473,13 @@ class AnalogMatrixLayer(AnalogLayerBase):
             quantization=_QUANTIZATION[modifier.quantization_type],
             res=modifier.res,
         )
-        self.weight.copy_(quantized.view_as(self.weight))
-        modifier.quantization_type = WeightQuantizationType.NONE
-        clip.type = WeightClipType.NONE
+        weight.copy_(quantized.view_as(weight))
+        self._stop_quantizing()
+
+    def _stop_quantizing(self) -> None:
+        """Switch weight quantization and clip off in this layer's config."""
+        self.rpu_config.modifier.quantization_type = WeightQuantizationType.NONE
+        self.rpu_config.clip.type = WeightClipType.NONE
         self._fit_state()
 
     # ---- State --------------------------------------------------------------------------------------------------------
@@ -439,13 +523,27 @@ class AnalogMatrixLayer(AnalogLayerBase):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if prefix + "_extra_state" in missing_keys:  # a file of torch's layer, or of AIHWKIT-Lightning's
+            missing_keys.remove(prefix + "_extra_state")
         self._forwards_seen = None
+        self._reset_residual()
         if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
             self.reset_weight_clip()
 
+    @torch.no_grad()
+    def _reset_residual(self) -> None:
+        """No rounding is left from before; anew where loading gave the range another device or dtype (``assign=True``)."""
+        range_, residual = self.input_range, self.input_range_residual
+        if range_ is None or residual is None:
+            return
+        if (residual.device, residual.dtype) == (range_.device, range_.dtype):
+            residual.zero_()
+        else:
+            self.input_range_residual = torch.zeros_like(range_)
+
     def extra_repr(self) -> str:
         changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
-        return ", ".join([super().extra_repr(), f"slices={self.in_sizes}", *changes])
+        return ", ".join([super().extra_repr(), f"slices={self.get_split_sizes()}", *changes])
 
 
 # ---- The config and the numbers made from it ----------------------------------------------------------------------------
@@ -512,11 +610,66 @@ def _decode(state: Any, kind: type[TorchInferenceRPUConfig]) -> TorchInferenceRP
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"extra state: got {type(state).__name__}, which is not a uint8 tensor with the JSON of a config ({error}); "
-            "drop the key and load with strict=False to keep the config of the layer"
+            "drop the key to keep the config of the layer"
         ) from error
     return kind.from_dict(values)
 
 
-def _check_shape(name: str, given: Tensor, own: Tensor) -> None:
+# ---- Weights ------------------------------------------------------------------------------------------------------------
+
+
+def clip_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
+    """Clip the weights of all ``layers``, one that several of them share only once for equal clips.
+
+    A clamp lowers the standard deviation, so that a second one would be tighter than the config says.
+    """
+    clipped = set()
+    for layer in layers:
+        if isinstance(layer, AnalogMatrixLayer):
+            clip = layer.rpu_config.clip
+            key = (id(layer._parameters.get("weight")), clip.type, clip.sigma)
+            if key in clipped:
+                layer._changes_without_clip = 0
+                continue
+            clipped.add(key)
+        layer.clip_weights()
+
+
+def quantize_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
+    """Quantize the weights of all ``layers``, one that several of them share only once for equal settings and slices.
+
+    Layers that quantize or slice a shared weight in different ways each quantize it, one after the other.
+    """
+    quantized = set()
+    for layer in layers:
+        if isinstance(layer, AnalogMatrixLayer):
+            modifier = layer.rpu_config.modifier
+            kind = (modifier.quantization_type, modifier.res, layer.slices, id(layer.learnable_weight_clip))
+            key = (id(layer._parameters.get("weight")), *kind)
+            if key in quantized:
+                layer._stop_quantizing()
+                continue
+            quantized.add(key)
+        layer.quantize_weights()
+
+
+def _stored_weight(module: nn.Module) -> Tensor:
+    """The parameter ``weight`` of ``module``.
+
+    Raises:
+        ValueError: it has none, as a hook or parametrization computes the weight: a change of that would be lost.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"weight: that of this {type(module).__name__} is not a parameter but computed from others "
+            "(weight_norm, pruning, a parametrization); remove that first, or leave the layer digital"
+        )
+    return weight
+
+
+def _check_shape(name: str, given: Any, own: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: got {type(given).__name__}; a torch.Tensor is needed")
     if given.shape != own.shape:
         raise ValueError(f"{name}: got shape {tuple(given.shape)}; {tuple(own.shape)} is needed")

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from torch import nn
 from typing_extensions import Self
 
-from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.base import AnalogLayerBase, clip_each_weight, quantize_each_weight
 
 
 class AnalogContainerBase(AnalogLayerBase):
@@ -18,14 +18,16 @@ class AnalogContainerBase(AnalogLayerBase):
     IS_CONTAINER: ClassVar[bool] = True
 
     def clip_weights(self) -> None:
-        """Call ``clip_weights`` of every analog layer."""
-        for layer in self.analog_layers():
-            layer.clip_weights()
+        """Call ``clip_weights`` of every analog layer; a weight that layers share is clipped once for equal clips."""
+        clip_each_weight(self.analog_layers())
 
     def quantize_weights(self) -> None:
-        """Call ``quantize_weights`` of every analog layer."""
-        for layer in self.analog_layers():
-            layer.quantize_weights()
+        """Call ``quantize_weights`` of every analog layer.
+
+        A weight that layers share is quantized once for equal settings and slices. Layers that quantize or slice it in
+        different ways each quantize it, one after the other.
+        """
+        quantize_each_weight(self.analog_layers())
 
 
 class AnalogSequential(AnalogContainerBase, nn.Sequential):
@@ -47,10 +49,11 @@ class AnalogWrapper(AnalogContainerBase):
 
     The instance itself is changed: it moves to a subclass of its class, made once per class, that also derives from
     ``AnalogWrapper``. Name, state dict, hooks and ``isinstance`` of the original class stay as they are. A module that is
-    analog already is returned as it is.
+    analog already is returned as it is. A model that has something of its own under a name that the wrapper adds, such as
+    ``clip_weights``, is refused: its own would be hidden.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or uses such a name.
     """
 
     _original: ClassVar[type[nn.Module]]
@@ -58,11 +61,14 @@ class AnalogWrapper(AnalogContainerBase):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls is not AnalogWrapper:
             return super().__new__(cls)
+        if len(args) != 1 or kwargs:
+            raise TypeError("model: call AnalogWrapper(model) with the torch.nn.Module to wrap and nothing else")
         (model,) = args
         if isinstance(model, AnalogLayerBase):
             return model
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
+        check_names(model)
         model.__class__ = _wrapper_class(type(model))
         return model
 
@@ -83,6 +89,21 @@ class AnalogWrapper(AnalogContainerBase):
         func, args, *rest = reduced
         func, *args = (self._original if value is type(self) else value for value in (func, *args))
         return (_rebuild, (func, tuple(args)), *rest)
+
+
+def check_names(model: nn.Module) -> None:
+    """A wrapper hides nothing that the digital ``model`` has.
+
+    Raises:
+        TypeError: it has something of its own under a name that a wrapper adds.
+    """
+    added = {name for name in dir(AnalogWrapper) if not name.startswith("_")}.difference(dir(nn.Module))
+    hidden = sorted(name for name in added if hasattr(model, name))
+    if hidden:
+        raise TypeError(
+            f"model: {type(model).__name__} has {', '.join(hidden)} of its own, which AnalogWrapper would hide; rename that, "
+            "or convert with ensure_analog_root=False and put the model into an AnalogSequential"
+        )
 
 
 _wrapper_classes: WeakValueDictionary[type[nn.Module], type[AnalogWrapper]] = WeakValueDictionary()

@@ -25,6 +25,7 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
 
     Raises:
         ConfigError: ``rpu_config`` is missing or not valid.
+        ValueError: no inputs or no outputs, which torch allows but tiles cannot have.
     """
 
     def __init__(
@@ -36,6 +37,9 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
         dtype: torch.dtype | None = None,
         rpu_config: TorchInferenceRPUConfig | None = None,
     ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if size < 1:
+                raise ValueError(f"{name}: got {size}; a tile needs at least 1")
         super().__init__(in_features, out_features, bias, device, dtype)
         self.init_analog(rpu_config)
 
@@ -49,8 +53,11 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
 
         Raises:
             ConfigError: ``rpu_config`` is not valid.
-            ValueError: the weight of ``module`` is computed from other parameters.
+            TypeError: ``module`` is no ``torch.nn.Linear``.
+            ValueError: the weight of ``module`` is computed from other parameters, or empty.
         """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module: got {type(module).__name__}; a torch.nn.Linear is needed")
         layer = cls(module.in_features, module.out_features, device="meta", bias=False, rpu_config=rpu_config)
         layer.take_parameters(module)
         return layer

@@ -15,9 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
-from triton_analog.nn.base import AnalogLayerBase, check_config
+from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
 from triton_analog.nn.linear import AnalogLinear
+from triton_analog.nn.settings import check_config
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from triton_analog.nn.base import AnalogLayerBase, clip_each_weight
+from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.tied import clip_each_weight
 
 Layers = Callable[[], Iterable[AnalogLayerBase]] | list[AnalogLayerBase]
 

@@ -9,7 +9,8 @@ from weakref import WeakValueDictionary
 from torch import nn
 from typing_extensions import Self
 
-from triton_analog.nn.base import AnalogLayerBase, clip_each_weight, quantize_each_weight
+from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.tied import clip_each_weight, quantize_each_weight
 
 
 class AnalogContainerBase(AnalogLayerBase):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
-from triton_analog.nn.base import AnalogMatrixLayer
+from triton_analog.nn.matrix import AnalogMatrixLayer
 
 
 class AnalogLinear(AnalogMatrixLayer, nn.Linear):

@@ -1,0 +1,522 @@
+"""The state and the product of a layer with one matrix: what linear and convolutional layers are made of."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from triton_analog import ops
+from triton_analog.config import ConfigError, TorchInferenceRPUConfig, WeightClipType, WeightQuantizationType
+from triton_analog.functional import analog_linear, check_input, update_input_range
+from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.settings import (
+    GAUSSIAN_CLIP,
+    QUANTIZATION,
+    check_config,
+    decode,
+    encode,
+    is_static,
+    learns_clip,
+    settings,
+)
+from triton_analog.ops.input_range import recomputing
+from triton_analog.reference import num_slices, split_sizes
+
+CHANGES_WITHOUT_CLIP = 100
+"""So many changes of a weight, without the clip that its config asks for, are worth a warning."""
+
+
+class _Ranks:
+    """Holds the process group of a layer, which copies of the layer share and pickles leave behind."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> _Ranks:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Ranks, (None if self.group is None else "world",)
+
+
+class AnalogMatrixLayer(AnalogLayerBase):
+    """A layer around one analog product with ``weight``, seen as a matrix ``[N, K]``.
+
+    A subclass also derives from the torch layer that it stands for, calls :meth:`init_analog` once that has created
+    ``weight`` and ``bias``, and :meth:`analog_matmul` in its forward. With ``S`` slices of the ``K`` inputs, the layer
+    may also hold
+
+    - ``input_range [S]``: the stored input ranges (a parameter; its magnitude counts),
+    - ``learnable_weight_clip [S, N]``: the learned clip (a parameter; its magnitude counts),
+    - ``input_range_update_idx [S]``, ``x_min [S]``, ``x_max [S]``: batches seen by the start-up of the ranges, and
+      the running extreme values of its fast mode (buffers),
+    - ``input_range_residual [S]``: what the dtype of the ranges rounded off in the start-up (a buffer that is not saved).
+
+    ``tile_shape`` is ``(N, K)``, also while a sharding library keeps the weight in another shape. ``rpu_config`` is this
+    layer's own copy. Numbers in it may be changed at any time (a compiled layer is then compiled anew);
+    :meth:`reconfigure` also adds and removes the parameters that another config needs. The config travels in the state
+    dict (``_extra_state``) and is restored from it; without that key the layer keeps its own.
+    """
+
+    ANALOG_NAMES: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("input_range", "learnable_weight_clip"),
+            *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
+            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked"),
+            *("_weight_version", "_changes_without_clip"),
+        }
+    )
+    """What an instance holds beyond its torch layer, and leaves behind when it becomes digital."""
+
+    weight: Tensor
+    bias: Any
+    input_range: nn.Parameter | None
+    learnable_weight_clip: nn.Parameter | None
+    input_range_update_idx: Tensor | None
+    x_min: Tensor | None
+    x_max: Tensor | None
+    input_range_residual: Tensor | None
+    rpu_config: TorchInferenceRPUConfig
+    tile_shape: tuple[int, ...]
+    _forwards_seen: int | None
+    _checked: TorchInferenceRPUConfig | None
+
+    _process_group = _Ranks("world")
+    _weight_version = 0
+    _changes_without_clip = 0
+
+    # ---- Construction -------------------------------------------------------------------------------------------------
+
+    def init_analog(self, rpu_config: TorchInferenceRPUConfig | None) -> None:
+        """Take a copy of ``rpu_config`` and create the parameters and buffers that it needs.
+
+        Raises:
+            ConfigError: no config, something that is no config, or one that is not valid.
+        """
+        self.rpu_config = copy.deepcopy(check_config(rpu_config))
+        self.tile_shape = tuple(self.matrix.shape)
+        for name in ("input_range", "learnable_weight_clip"):
+            self.register_parameter(name, None)
+        for name in ("input_range_update_idx", "x_min", "x_max"):
+            self.register_buffer(name, None)
+        self.register_buffer("input_range_residual", None, persistent=False)
+        self._fit_state()
+
+    def take_parameters(self, module: nn.Module) -> None:
+        """Continue with the parameters (the same objects), device and mode of the digital ``module``.
+
+        Raises:
+            ValueError: its weight is not a parameter but computed by a hook or parametrization.
+        """
+        self.weight, self.bias = _stored_weight(module), module._parameters["bias"]
+        self.training = module.training
+        self.input_range = self.learnable_weight_clip = None
+        self._fit_state()
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as torch does, and the analog state anew."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "input_range" in self._parameters:  # torch's constructor comes here before there is any analog state
+            self.reset_analog_state()
+
+    @torch.no_grad()
+    def reset_analog_state(self) -> None:
+        """Ranges at their initial value with the start-up still to come; a learned clip at the largest weights."""
+        if self.input_range is not None:
+            self.input_range.fill_(self.rpu_config.pre_post.input_range.init_value)
+            for buffer in (self.input_range_update_idx, self.x_min, self.x_max, self.input_range_residual):
+                assert buffer is not None
+                buffer.zero_()
+        self._forwards_seen = None
+        self.reset_weight_clip()
+
+    @torch.no_grad()
+    def reset_weight_clip(self) -> None:
+        """Set a learned clip to the largest weight of each slice and channel, in place."""
+        if self.learnable_weight_clip is not None:
+            self.learnable_weight_clip.copy_(ops.absmax(self.matrix, self.slices))
+
+    def _fit_state(self) -> None:
+        """Create the parameters and buffers that the config needs and that are missing; drop those it does not."""
+        range_ = self.rpu_config.pre_post.input_range
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        if not is_static(self.rpu_config):
+            self.input_range = self.input_range_update_idx = self.x_min = self.x_max = self.input_range_residual = None
+        elif self.input_range is None:
+            start = torch.full((self.slices,), range_.init_value, **like)
+            self.input_range = nn.Parameter(start, requires_grad=range_.learn_input_range)
+            # An integer: a counter in half precision stops growing at 256.
+            self.input_range_update_idx = torch.zeros(self.slices, dtype=torch.int64, device=self.weight.device)
+            self.x_min, self.x_max, self.input_range_residual = (torch.zeros(self.slices, **like) for _ in range(3))
+        if not learns_clip(self.rpu_config):
+            self.learnable_weight_clip = None
+        elif self.learnable_weight_clip is None:
+            self.learnable_weight_clip = nn.Parameter(torch.empty(self.slices, self.tile_shape[0], **like))
+            self.reset_weight_clip()
+        self._forwards_seen = None
+        self._checked = None
+
+    # ---- Configuration ------------------------------------------------------------------------------------------------
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as the tiles see it: ``[N, K]``."""
+        return self.weight.flatten(1)
+
+    @property
+    def slices(self) -> int:
+        """Number of slices ``S`` of the ``K`` inputs."""
+        return num_slices(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
+
+    def get_split_sizes(self) -> list[int]:
+        """Width of every slice."""
+        return split_sizes(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
+
+    @property
+    def process_group(self) -> Any:
+        """Ranks that share the statistics of the input range's start-up: ``"world"`` (the default) is every rank once
+        ``torch.distributed`` is initialised, None is this rank alone, or a process group.
+
+        Set it where not every rank runs the layer in every step (pipelines, experts): the ranks of the group wait for
+        each other. Copies of the layer share the group; a pickle returns to ``"world"``.
+
+        Raises:
+            ValueError: set to something else.
+        """
+        return self._process_group.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        named = group is None or (isinstance(group, str) and group == "world")
+        if not named and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise ValueError(
+                f"process_group: got {group!r}; allowed are 'world' (every rank), None (this rank alone), and a process "
+                "group that this rank is in, such as torch.distributed.new_group(ranks)"
+            )
+        self._process_group = _Ranks(group)
+
+    def reconfigure(self, rpu_config: TorchInferenceRPUConfig) -> None:
+        """Change to a copy of ``rpu_config``, adding and removing parameters as it needs; the others keep their values.
+
+        An optimizer that exists already does not know parameters added here.
+
+        Raises:
+            ConfigError: the config is not valid or cuts the inputs into other slices. The layer is then unchanged.
+        """
+        check_config(rpu_config)
+        new, old = split_sizes(self.tile_shape[1], rpu_config.mapping.max_input_size), self.get_split_sizes()
+        if new != old:
+            raise ConfigError(
+                f"mapping.max_input_size: got {rpu_config.mapping.max_input_size}, which cuts {sum(new)} inputs into slices "
+                f"of {new}, but this layer has slices of {old}; build the layer with that max_input_size instead"
+            )
+        learned = self.rpu_config.pre_post.input_range.learn_input_range
+        self.rpu_config = copy.deepcopy(rpu_config)
+        if self.input_range is not None and rpu_config.pre_post.input_range.learn_input_range != learned:
+            self.input_range.requires_grad_(not learned)
+        self._fit_state()
+
+    def _check_state(self) -> None:
+        """The config, changed by hand since it was last seen, fits the parameters there are. Compilers trace this."""
+        S, N = self.slices, self.tile_shape[0]
+        for path, parameter, shape in (
+            ("pre_post.input_range", self.input_range, (S,) if is_static(self.rpu_config) else None),
+            ("clip.type", self.learnable_weight_clip, (S, N) if learns_clip(self.rpu_config) else None),
+        ):
+            own = None if parameter is None else tuple(parameter.shape)
+            if own != shape:
+                raise ConfigError(
+                    f"{path}: the config was changed and now needs {shape or 'no parameter'} here, but the layer was built "
+                    f"with {own or 'none'}; hand a changed copy of the config to layer.reconfigure, or build a new layer"
+                )
+
+    def _settings(self) -> dict[str, Any]:
+        """The config as keyword arguments of ``analog_linear``, checked again whenever it has changed."""
+        if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
+            self._check_state()
+            return {name: _constant(value) for name, value in settings(self.rpu_config).items()}
+        if self.rpu_config != self._checked:
+            self.rpu_config.validate()
+            self._check_state()
+            self._checked = copy.deepcopy(self.rpu_config)
+        return settings(self.rpu_config)
+
+    # ---- Forward ------------------------------------------------------------------------------------------------------
+
+    def analog_matmul(self, x: Tensor) -> Tensor:
+        """``x [..., K]`` times the analog matrix, plus the bias: ``[..., N]``.
+
+        In training, a stored input range first learns from ``x`` while its start-up lasts. A refused call changes nothing.
+        """
+        keywords = self._settings()
+        matrix = self.matrix
+        check_input(x, matrix)
+        if self.training and self.input_range is not None:
+            self._update_input_range(x)
+        if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
+            self._watch_for_the_clip()
+        return analog_linear(
+            x,
+            matrix,
+            self.bias,
+            input_range=self.input_range,
+            weight_clip=self.learnable_weight_clip,
+            training=self.training,
+            **keywords,
+        )
+
+    def _update_input_range(self, x: Tensor) -> None:
+        range_ = self.rpu_config.pre_post.input_range
+        group = self._statistics_group()
+        if range_.init_from_data <= 0 or (group is not None and self._startup_is_over(range_.init_from_data)):
+            return
+        assert self.input_range is not None
+        assert self.input_range_update_idx is not None
+        update_input_range(
+            x,
+            self.input_range,
+            self.input_range_update_idx,
+            max_input_size=_constant(self.rpu_config.mapping.max_input_size),
+            init_from_data=_constant(range_.init_from_data),
+            init_std_alpha=_constant(range_.init_std_alpha),
+            fast_mode=range_.fast_mode,
+            x_min=self.x_min,
+            x_max=self.x_max,
+            act_range_momentum=_constant(range_.act_range_momentum),
+            residual=self.input_range_residual,
+            process_group=group,
+        )
+
+    def _statistics_group(self) -> Any:
+        """The ranks to share statistics with, or None."""
+        if not isinstance(self.process_group, str):
+            return self.process_group
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return dist.group.WORLD
+        return None
+
+    def _startup_is_over(self, init_from_data: int) -> bool:
+        """Whether enough training forwards were seen, counted on the host so that ranks stop waiting for each other.
+
+        The device's counter is read once, in the first forward after construction or a restart. A compiled forward must
+        not change Python state, so it goes on asking the device. A forward recomputed in the backward neither counts nor
+        communicates.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        if recomputing():
+            return True
+        if self._forwards_seen is None:
+            assert self.input_range_update_idx is not None
+            self._forwards_seen = int(self.input_range_update_idx.min())
+        self._forwards_seen += 1
+        return self._forwards_seen > init_from_data
+
+    def _watch_for_the_clip(self) -> None:
+        """Warn once if the weight goes on changing but is never clipped: then some other optimizer takes the steps.
+
+        Every change in place raises the version of a tensor, a number on the host. Forwards would be the wrong thing to
+        count: a recurrent layer, or the accumulation of gradients, runs many of them per step. A compiled forward must not
+        change Python state, so it does not watch.
+        """
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return
+        version = self.weight._version
+        if version == self._weight_version:
+            return
+        self._weight_version = version
+        self._changes_without_clip += 1
+        if self._changes_without_clip == CHANGES_WITHOUT_CLIP:
+            warnings.warn(
+                f"clip.type is {self.rpu_config.clip.type.name}, but the weight has changed {CHANGES_WITHOUT_CLIP} times "
+                "without clip_weights() being called. Train with triton_analog.optim.AnalogOptimizer, which clips after "
+                "each step, or call model.clip_weights() after each step of your own optimizer.",
+                stacklevel=2,
+            )
+
+    def note_clip(self) -> None:
+        """The weight has just been clipped, by this layer or by one that shares it."""
+        self._changes_without_clip = 0
+
+    # ---- Weights ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_weights(self, weight: Tensor) -> None:
+        """Copy ``weight`` (of the shape of ``self.weight``) into the layer; a learned clip starts anew from it, in place.
+
+        Raises:
+            TypeError: ``weight`` is no tensor.
+            ValueError: another shape, or the layer's weight is computed from other parameters.
+        """
+        own = _stored_weight(self)
+        _check_shape("weight", weight, own)
+        own.copy_(weight)
+        self.reset_weight_clip()
+
+    @torch.no_grad()
+    def set_weights_and_biases(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """:meth:`set_weights`, and copy ``bias [N]`` if one is given.
+
+        Raises:
+            TypeError: ``weight`` or ``bias`` is no tensor.
+            ValueError: another shape, or a bias for a layer without one.
+        """
+        if bias is not None:
+            if self.bias is None:
+                raise ValueError(
+                    "bias: given, but this layer was built with bias=False; pass None or build it with a bias"
+                )
+            _check_shape("bias", bias, self.bias)
+        self.set_weights(weight)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+
+    def get_weights_and_biases(self) -> tuple[Tensor, Tensor | None]:
+        """Copies of weight and bias (None without one), detached."""
+        return self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone()
+
+    @torch.no_grad()
+    def clip_weights(self) -> None:
+        """Clamp the stored weight to ``clip.sigma`` standard deviations of the matrix, or of each of its rows.
+
+        Only for the Gaussian kinds of clip; others do nothing here. The deviation is the unbiased one, in fp32. Nothing
+        waits for the device.
+
+        Raises:
+            ValueError: the weight is computed from other parameters, so that there is nothing to clamp.
+        """
+        self.note_clip()
+        clip = self.rpu_config.clip
+        if clip.type not in GAUSSIAN_CLIP:
+            return
+        weight = _stored_weight(self).detach()
+        dims = tuple(range(0 if clip.type is WeightClipType.LAYER_GAUSSIAN else 1, weight.ndim))
+        if prod(weight.shape[dim] for dim in dims) < 2:
+            return  # a single number has no deviation
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        bound = clip.sigma * wide.std(dim=dims, keepdim=True)
+        weight.clamp_(-bound, bound)
+
+    @torch.no_grad()
+    def quantize_weights(self) -> None:
+        """Replace the stored weight by its clipped and quantized value and switch both off in this layer's config.
+
+        A learned clip is dropped with it, and with a clip per channel the bound of the ADC becomes one per slice.
+
+        Raises:
+            ValueError: the weight is computed from other parameters, so that there is nothing to replace.
+        """
+        weight, modifier = _stored_weight(self), self.rpu_config.modifier
+        quantized, _ = ops.weight(
+            self.matrix,
+            self.slices,
+            clip=self.learnable_weight_clip,
+            quantization=QUANTIZATION[modifier.quantization_type],
+            res=modifier.res,
+        )
+        weight.copy_(quantized.view_as(weight))
+        self.stop_quantizing()
+
+    def stop_quantizing(self) -> None:
+        """Switch weight quantization and clip off in this layer's config."""
+        self.rpu_config.modifier.quantization_type = WeightQuantizationType.NONE
+        self.rpu_config.clip.type = WeightClipType.NONE
+        self._fit_state()
+
+    # ---- State --------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The config as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""
+        return encode(self.rpu_config)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Change to the config in ``state``, as :meth:`reconfigure` does.
+
+        Raises:
+            ConfigError: ``state`` holds no config, or one that does not fit. The layer is then unchanged.
+        """
+        self.reconfigure(decode(state, type(self.rpu_config)))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # The config comes first: it decides which parameters there are to be filled.
+        state = state_dict.get(prefix + "_extra_state")
+        if state is not None:
+            try:
+                self.set_extra_state(state)
+            except ConfigError as error:
+                error_msgs.append(f"{prefix}_extra_state: {error}")
+                return
+        counter = state_dict.get(prefix + "input_range_update_idx")
+        if counter is not None and counter.is_floating_point():
+            # AIHWKIT-Lightning's files: -inf there is a calibrated range, whose start-up is over.
+            over = self.rpu_config.pre_post.input_range.init_from_data
+            state_dict[prefix + "input_range_update_idx"] = torch.where(counter.isfinite(), counter, over).long()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "_extra_state" in missing_keys:  # a file of torch's layer, or of AIHWKIT-Lightning's
+            missing_keys.remove(prefix + "_extra_state")
+        self._forwards_seen = None
+        self._reset_residual()
+        if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
+            self.reset_weight_clip()
+
+    @torch.no_grad()
+    def _reset_residual(self) -> None:
+        """No rounding is left from before; anew where loading gave the range another device or dtype (``assign=True``)."""
+        range_, residual = self.input_range, self.input_range_residual
+        if range_ is None or residual is None:
+            return
+        if (residual.device, residual.dtype) == (range_.device, range_.dtype):
+            residual.zero_()
+        else:
+            self.input_range_residual = torch.zeros_like(range_)
+
+    def extra_repr(self) -> str:
+        changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
+        return ", ".join([super().extra_repr(), f"slices={self.get_split_sizes()}", *changes])
+
+
+def _constant(value: Any) -> Any:
+    """``value`` itself. A compiler that takes numbers of a changed config for variables makes a constant of it: it must
+    know the value to put it into a set.
+    """
+    (known,) = {value}
+    return known
+
+
+def _stored_weight(module: nn.Module) -> Tensor:
+    """The parameter ``weight`` of ``module``.
+
+    Raises:
+        ValueError: it has none, as a hook or parametrization computes the weight: a change of that would be lost.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"weight: that of this {type(module).__name__} is not a parameter but computed from others "
+            "(weight_norm, pruning, a parametrization); remove that first, or leave the layer digital"
+        )
+    return weight
+
+
+def _check_shape(name: str, given: Any, own: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: got {type(given).__name__}; a torch.Tensor is needed")
+    if given.shape != own.shape:
+        raise ValueError(f"{name}: got shape {tuple(given.shape)}; {tuple(own.shape)} is needed")

@@ -1,0 +1,97 @@
+"""The config of a layer: checked, as the numbers that a forward takes, and as a tensor for checkpoints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_analog.config import (
+    ConfigError,
+    TorchInferenceRPUConfig,
+    WeightClipType,
+    WeightNoiseInjectionType,
+    WeightQuantizationType,
+)
+
+STATE_BYTES = 1024
+"""Length of the config in a state dict: padded, so that loaders that fill existing tensors find one of the same size."""
+
+QUANTIZATION = {
+    WeightQuantizationType.NONE: "none",
+    WeightQuantizationType.DISCRETIZE: "per_tensor",
+    WeightQuantizationType.DISCRETIZE_PER_CHANNEL: "per_channel",
+}
+_NOISE = {
+    WeightNoiseInjectionType.NONE: "none",
+    WeightNoiseInjectionType.ADD_NORMAL: "per_tensor",
+    WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL: "per_channel",
+}
+GAUSSIAN_CLIP = (WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL)
+_PER_CHANNEL_CLIP = (WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, WeightClipType.LEARNABLE_PER_CHANNEL)
+
+
+def check_config(rpu_config: Any) -> TorchInferenceRPUConfig:
+    """``rpu_config`` itself, once it is known to be a valid config.
+
+    Raises:
+        ConfigError: it is missing, of another type, or not valid.
+    """
+    if not isinstance(rpu_config, TorchInferenceRPUConfig):
+        given = "nothing" if rpu_config is None else repr(rpu_config)
+        raise ConfigError(
+            f"rpu_config: got {given}; pass a config object, such as rpu_config=TorchInferenceRPUConfig()"
+        )
+    rpu_config.validate()
+    return rpu_config
+
+
+def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:
+    """``config`` as keyword arguments of :func:`triton_analog.functional.analog_linear`."""
+    io, modifier, range_ = config.forward, config.modifier, config.pre_post.input_range
+    return {
+        "dynamic_input_range": range_.enable and range_.dynamic,
+        "max_input_size": config.mapping.max_input_size,
+        "inp_res": io.inp_res,
+        "out_noise": io.out_noise,
+        "out_noise_per_channel": io.out_noise_per_channel,
+        "out_bound": io.out_bound,
+        "out_bound_per_channel": config.clip.type in _PER_CHANNEL_CLIP,
+        "out_res": io.out_res,
+        "weight_quantization": QUANTIZATION[modifier.quantization_type],
+        "weight_res": modifier.res,
+        "weight_noise": _NOISE[modifier.noise_type],
+        "weight_noise_std": modifier.std_dev,
+        "range_decay": range_.decay,
+        "input_min_percentage": range_.input_min_percentage,
+        "fast_mode": range_.fast_mode,
+    }
+
+
+def is_static(config: TorchInferenceRPUConfig) -> bool:
+    """Whether a layer with this config stores its input ranges."""
+    return config.pre_post.input_range.enable and not config.pre_post.input_range.dynamic
+
+
+def learns_clip(config: TorchInferenceRPUConfig) -> bool:
+    return config.clip.type is WeightClipType.LEARNABLE_PER_CHANNEL
+
+
+def encode(config: TorchInferenceRPUConfig) -> Tensor:
+    """``config`` as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""
+    text = json.dumps(config.to_dict()).ljust(STATE_BYTES)
+    return torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8)
+
+
+def decode(state: Any, kind: type[TorchInferenceRPUConfig]) -> TorchInferenceRPUConfig:
+    """The config in a ``uint8`` tensor of JSON, also after a cast of the whole state dict to another dtype."""
+    try:
+        values = json.loads(bytes(state.detach().to("cpu", torch.uint8).tolist()))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"extra state: got {type(state).__name__}, which is not a uint8 tensor with the JSON of a config ({error}); "
+            "drop the key to keep the config of the layer"
+        ) from error
+    return kind.from_dict(values)

@@ -156,7 +156,7 @@ def draw_seed(device: torch.device | str) -> Tensor:
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast changes the dtype of ``x``, as it would for ``linear``."""
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:

@@ -166,10 +166,9 @@ def check_input(x: Tensor, weight: Tensor) -> None:
         TypeError: it is no floating-point tensor, or of another dtype than ``weight`` outside autocast.
         ValueError: its last dimension or its device differs from the weight's.
     """
-    check.floating("x", x)
+    check.batch("x", x)
     check.matrix("weight", weight)
     check.together("x", x, weight=weight)
-    check.require(x.ndim >= 1, lambda: "x: a single number was given; an input of shape [..., K] is needed")
     check.require(
         x.shape[-1] == weight.shape[1],
         lambda: (
@@ -339,8 +338,7 @@ def update_input_range(
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
     """
-    check.floating("x", x)
-    check.require(x.ndim >= 1, lambda: "x: a single number was given; an input of shape [..., K] is needed")
+    check.batch("x", x)
     x = x.detach().reshape(-1, x.shape[-1])
     slices = num_slices(x.shape[1], max_input_size)
     empty = x.shape[0] == 0  # nothing to learn from, but other ranks may be waiting for this one

@@ -56,6 +56,12 @@ def steps_per_unit(bound, q_max):
 
 
 @triton.jit
+def step_of(bound, q_max):
+    """``bound / q_max``, correctly rounded: one step of the grid in the units of ``bound``."""
+    return tl.div_rn(bound, q_max + tl.zeros_like(bound))
+
+
+@triton.jit
 def to_steps(v, bound, q_max):
     """``v`` as an integer number of steps in ``-q_max .. q_max`` (clamped, then rounded: the DAC and weight rule)."""
     return round_even(clamp(v * steps_per_unit(bound, q_max), q_max))
@@ -66,7 +72,7 @@ def convert(v, bound, q_max, QUANTIZE: tl.constexpr):
     """The ADC: ``v`` rounded (if ``QUANTIZE``), then clamped to ``bound``; and where the clamp acted."""
     if QUANTIZE:
         q = round_even(clamp(v * steps_per_unit(bound, q_max), q_max + 1))
-        return clamp(q, q_max) * tl.div_rn(bound, q_max + tl.zeros_like(bound)), (tl.abs(q) <= q_max) == 0
+        return clamp(q, q_max) * step_of(bound, q_max), (tl.abs(q) <= q_max) == 0
     return clamp(v, bound), (tl.abs(v) <= bound) == 0
 
 

@@ -256,8 +256,8 @@ class AnalogMatrixLayer(AnalogLayerBase):
         """
         keywords = self._settings()
         matrix = self.matrix
-        check_input(x, matrix)
         if self.training and self.input_range is not None:
+            check_input(x, matrix)  # analog_linear would refuse it only after the update
             self._update_input_range(x)
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()

@@ -40,6 +40,12 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {x.dtype}; allowed are float32, bfloat16, float16 and float64")
 
 
+def batch(name: str, x: Tensor) -> None:
+    """``x`` is a floating-point tensor ``[..., K]``."""
+    floating(name, x)
+    require(x.ndim >= 1, lambda: f"{name}: a single number was given; an input of shape [..., K] is needed")
+
+
 def matrix(name: str, x: Tensor, columns: int | None = None) -> None:
     """``x`` is a floating-point matrix (with ``columns`` columns)."""
     floating(name, x)

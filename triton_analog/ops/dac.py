@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_analog import reference
-from triton_analog.lang import DYNAMIC_RANGE, NO_RANGE, STATIC_RANGE, cast, clamp, slice_of, to_steps
+from triton_analog.lang import DYNAMIC_RANGE, NO_RANGE, STATIC_RANGE, cast, clamp, slice_of, step_of, to_steps
 from triton_analog.launch import block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.input_range import _input_range_grad
@@ -79,7 +79,7 @@ def dac_kernel(
     r = tl.abs(r.to(tl.float32))
     x = tl.load(x_ptr + m * stride_m + k.to(tl.int64) * stride_k, mask=inside, other=0.0).to(tl.float32)
     if QUANTIZE:
-        out = to_steps(x, r, q_max) * tl.div_rn(r, q_max + tl.zeros_like(r))
+        out = to_steps(x, r, q_max) * step_of(r, q_max)
     else:
         out = clamp(x, r)
     tl.store(out_ptr + m * K + k, cast(out, out_ptr.dtype.element_ty), mask=inside)

@@ -26,6 +26,7 @@ from triton_analog.lang import (
     normal_tile,
     pack_bits,
     slice_bounds,
+    step_of,
 )
 from triton_analog.launch import aligned, block, input_precision, launch, runs_kernel
 from triton_analog.ops import _checks as check
@@ -90,7 +91,7 @@ def matmul_kernel(
             w = tl.load(w_ptr + k[:, None] * stride_wk + n[None, :] * stride_wn, mask=w_inside, other=0.0)
             acc = dot(operand(x, r, in_q_max, MODE, DAC, DTYPE), w, acc, PRECISION)
         if DAC:
-            acc *= tl.div_rn(r, in_q_max + tl.zeros_like(r))
+            acc *= step_of(r, in_q_max)
         if NOISE:
             at = noise_wmax_ptr + s * noise_columns + n % noise_columns
             sigma_s = sigma * r * tl.load(at, mask=n < N, other=0.0).to(tl.float32)[None, :]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_analog import reference
-from triton_analog.lang import DYNAMIC_RANGE, STATIC_RANGE, cast, dot, slice_bounds
+from triton_analog.lang import DYNAMIC_RANGE, STATIC_RANGE, cast, dot, slice_bounds, step_of
 from triton_analog.launch import aligned, block, input_precision, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.dac import load_range, operand, range_mode
@@ -62,14 +62,14 @@ def matmul_wgrad_kernel(
             r = load_range(range_ptr, s, m, M, MODE)
         x_q = operand(x, r, in_q_max, MODE, DAC, DTYPE)
         if MODE == DYNAMIC_RANGE and DAC:  # the step differs from row to row, so it cannot wait for the epilogue
-            x_q = cast(x_q.to(tl.float32) * tl.div_rn(r, in_q_max + tl.zeros_like(r)), DTYPE)
+            x_q = cast(x_q.to(tl.float32) * step_of(r, in_q_max), DTYPE)
         g_inside = (m < M)[:, None] & (n < N)[None, :]
         grad = tl.load(grad_ptr + m[:, None] * stride_gm + n[None, :] * stride_gn, mask=g_inside, other=0.0)
         if MASK:
             grad = drop_saturated(grad.to(tl.float32), mask_ptr, s, m, n, M, N)
         dw = dot(tl.trans(cast(grad.to(tl.float32), DTYPE)), x_q, dw, PRECISION)
     if MODE == STATIC_RANGE and DAC:
-        dw *= tl.div_rn(r, in_q_max + tl.zeros_like(r))
+        dw *= step_of(r, in_q_max)
     inside = (n < N)[:, None] & (column < width)[None, :]
     tl.store(dw_ptr + n[:, None] * K + k[None, :], cast(dw, dw_ptr.dtype.element_ty), mask=inside)
 

@@ -21,6 +21,7 @@ from triton_analog.lang import (
     round_even,
     slice_bounds,
     slice_of,
+    step_of,
     steps_per_unit,
     to_steps,
 )
@@ -58,7 +59,7 @@ def weight_kernel(
     if CLAMP or QUANTIZE:
         bound = tl.load(quant_ptr + s * quant_columns + n % quant_columns, mask=inside, other=0.0)
         if QUANTIZE:
-            w = to_steps(w, bound, q_max) * tl.div_rn(bound, q_max + tl.zeros_like(bound))
+            w = to_steps(w, bound, q_max) * step_of(bound, q_max)
         else:
             w = clamp(w, bound)
     if NOISE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 import torch
 
@@ -27,7 +28,7 @@ def main() -> None:
         for report in inspect(op, options.target, DTYPES[options.dtype])
     ]
     if options.json:
-        print(json.dumps([report.as_dict() for report in reports], indent=1))
+        print(json.dumps([asdict(report) for report in reports], indent=1))
         return
     print(f"{'kernel':<28}{'registers':>10}{'spilled':>9}{'shared':>9}{'tensor core':>13}{'instructions':>14}")
     for r in reports:

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,6 @@ class Report:
     shared_bytes: int
     tensor_core_instructions: int
     instructions: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _operations(dtype: torch.dtype) -> dict[str, Callable[[], object]]:

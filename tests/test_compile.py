@@ -1,4 +1,4 @@
-"""Every kernel's default configuration compiles for GPUs that are not there, and fits them."""
+"""Every kernel's default configuration compiles for GPUs that are not there, fits them, and serves every batch size."""
 
 from __future__ import annotations
 
@@ -6,56 +6,122 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}  # bytes a program may use
-CASES = [("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_90", "fp32"), ("gfx942", "fp16")]
+from triton_analog.tuning.inspect import OPS, TARGETS, run_in_processes, specializations
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all of the compilation
+
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+"""Bytes a program may use."""
+RUNS = {("bf16",): tuple(TARGETS), ("fp16", "fp32"): ("sm_86", "sm_90")}
+"""Storage dtypes and their targets; sm_86 has the least shared memory of NVIDIA's."""
+CASES = [(target, dtype) for dtypes, targets in RUNS.items() for dtype in dtypes for target in targets]
 MATMULS = {"matmul", "matmul_dgrad", "matmul_wgrad"}
-OPS = MATMULS | {"absmax", "adc", "dac", "input_range", "noise", "std", "weight"}
+
+MAY_SPILL = MATMULS | {"dac"}
+"""The only operations that do not keep everything in registers on every target."""
+MAY_SPILL_ON_HOPPER = {"matmul"}
+"""The same on sm_90 in bf16, which the default configurations are made for."""
 
 
 @pytest.fixture(scope="module")
 def reports():
     """The inspector's output per case; in processes of their own, because this one may run the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "triton_analog.tuning", "inspect", "--json"]
-    running = {
-        case: subprocess.Popen(
-            [*command, "--target", case[0], "--dtype", case[1]], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for case in CASES
-    }
-    return {case: json.loads(process.communicate()[0]) for case, process in running.items()}
+    found = defaultdict(list)
+    for dtypes, targets in RUNS.items():
+        choices = [*(f"--target={target}" for target in targets), *(f"--dtype={dtype}" for dtype in dtypes)]
+        command = [sys.executable, "-m", "triton_analog.tuning", "inspect", "--json", *choices]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        for report in json.loads(done.stdout):
+            found[report["target"], report["dtype"]].append(report)
+    return found
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_every_operation_compiles_and_fits(reports, case):
-    assert {r["op"] for r in reports[case]} == OPS
+    assert {r["op"] for r in reports[case]} == set(OPS)
     for r in reports[case]:
         assert 0 < r["registers"] <= 512, r
         assert r["shared_bytes"] <= SHARED_LIMIT[case[0]], r
+        assert r["occupancy"] >= 1, r
         assert r["instructions"] > 50, r
+        assert r["hottest_loop"] < r["instructions"], r
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] != "fp32"], ids="-".join)
+def test_matrix_products_use_tensor_cores_in_a_loop(reports, case):
+    """fp32 products are exact by default: torch.get_float32_matmul_precision() is 'highest'."""
+    products = [r for r in reports[case] if r["kernel"].startswith("matmul")]
+    assert {r["op"] for r in products} == MATMULS
+    for r in products:
+        assert r["tensor_core_instructions"] > 0, r
+        assert r["hottest_loop"] > 0, r
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_matrix_products_use_tensor_cores(reports, case):
-    if case[1] == "fp32":
-        pytest.skip("fp32 products are exact by default: torch.get_float32_matmul_precision() is 'highest'")
+def test_nothing_spills(reports, case):
+    may_spill = MAY_SPILL_ON_HOPPER if case == ("sm_90", "bf16") else MAY_SPILL
     for r in reports[case]:
-        if r["kernel"].startswith("matmul"):
-            assert r["tensor_core_instructions"] > 0, r
-
-
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_element_wise_kernels_do_not_spill(reports, case):
-    for r in reports[case]:
-        if r["op"] not in MATMULS:
+        if r["op"] not in may_spill:
             assert r["spilled_bytes"] == 0, r
 
 
-def test_the_command_names_what_is_allowed():
-    command = [sys.executable, "-m", "triton_analog.tuning", "inspect", "--target", "sm_1"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "sm_90" in result.stderr
+# ---- Batch sizes --------------------------------------------------------------------------------------------------------
+
+BATCHES = [
+    *range(1, 21), 24, 31, 32, 33, 40, 48, 63, 64, 65, 80, 96, 100, 127, 128, 129, 144, 200, 255, 256, 257, 320, 500, 512,
+    513, 777, 1000, 1024, 1025, 1536, 2000, 2048, 3001, 4096, 5000, 8191, 8192,
+]  # fmt: skip
+"""Even and odd, multiples of 16 and not, 1, powers of two and their neighbours."""
+LARGEST_ROW_BLOCK = 128
+REDUCTIONS = {"range_grad_kernel", "merge_moments_kernel"}
+"""They read one partial result per block of rows, all at once: their block is the number of those, as a power of two."""
+POWERS_OF_TWO = 7
+"""16, 32 .. 1024: the sizes that a block can have."""
+
+
+def kernels_by_batch(op):
+    """Per kernel of every variant: for every batch size its configuration and what tells its compiled code from others."""
+    found = defaultdict(dict)
+    for rows in BATCHES:
+        for launched in specializations(op, rows):
+            name = f"{launched.variant} {launched.kernel}"
+            found[name][rows] = (str(launched.config), launched.key)
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        results = run_in_processes(kernels_by_batch, OPS, jobs=2)
+    return dict(zip(OPS, results, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_batch_sizes_share_compiled_kernels(op, batches):
+    assert len(BATCHES) >= 50
+    for kernel, by_batch in batches[op].items():
+        compiled = {key for _, key in by_batch.values()}
+        configurations = {config for config, _ in by_batch.values()}
+
+        # Sizes are plain arguments: whether 1, odd or a multiple of 16, only another block size is other code.
+        assert len(compiled) == len(configurations), kernel
+        assert len(compiled) <= POWERS_OF_TWO, kernel
+
+        # A batch smaller than the block gets a smaller block. All others run the same code.
+        if kernel.split()[-1] not in REDUCTIONS:
+            assert len({key for rows, (_, key) in by_batch.items() if rows >= LARGEST_ROW_BLOCK}) == 1, kernel

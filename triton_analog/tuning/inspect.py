@@ -1,211 +1,300 @@
 """Compile every operation's kernels for a target that need not be there, and read the compiler's own numbers.
 
-Launchers run on meta tensors with their launches recorded instead of started, so what is compiled is what would run.
+Launchers run on meta tensors with their launches recorded instead of started, and Triton's own code turns a launch into
+what it compiles, so what is reported is what would run.
 """
 
 from __future__ import annotations
 
-import re
+import multiprocessing
+import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from triton_analog import launch
-from triton_analog.ops.absmax import launch_absmax
-from triton_analog.ops.adc import launch_adc
-from triton_analog.ops.dac import launch_dac
-from triton_analog.ops.input_range import launch_extrema, launch_input_range_grad, launch_input_range_update
-from triton_analog.ops.matmul import launch_matmul
-from triton_analog.ops.matmul_dgrad import launch_matmul_dgrad
-from triton_analog.ops.matmul_wgrad import launch_matmul_wgrad
-from triton_analog.ops.noise import launch_noise
-from triton_analog.ops.std import launch_moments
-from triton_analog.ops.weight import launch_weight, launch_weight_grad
+from triton_analog.tuning.disassembly import (
+    Listing,
+    parse_amdgcn,
+    parse_amdgcn_metadata,
+    parse_resource_usage,
+    parse_sass,
+)
+from triton_analog.tuning.occupancy import MULTIPROCESSORS, occupancy
+from triton_analog.tuning.variants import variants
 
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)}
-TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-
-_TYPE_NAMES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-    torch.bool: "i1",
+TARGETS = {
+    name: GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+    for name in MULTIPROCESSORS
 }
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPS = tuple(variants(torch.bfloat16))
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One variant of an operation for one target: what a process compiles. Launches hold meta tensors and stay there."""
+
+    op: str
+    index: int
+    target: str
+    dtype: str
+
+    @property
+    def variant(self) -> str:
+        return variants(DTYPES[self.dtype])[self.op][self.index][0]
 
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel. ``spilled_bytes`` is per thread; counts are of machine instructions."""
+    """One compiled kernel. Counts are of machine instructions."""
 
     op: str
+    variant: str
+    """What is switched on."""
     kernel: str
     target: str
     dtype: str
     config: dict[str, Any]
+    """The launch's keyword arguments: block sizes, warps, stages and flags."""
     registers: int
+    """Per thread."""
     spilled_bytes: int
+    """Bytes of local (AMD: scratch) memory per thread: what did not fit the registers."""
     shared_bytes: int
+    """Per program."""
     tensor_core_instructions: int
     instructions: int
+    hottest_loop: int
+    """Instructions in the innermost loop with most tensor-core instructions, or else the largest; 0 without a loop."""
+    occupancy: int
+    """Programs that one multiprocessor holds at once; 0 if not even one fits."""
 
 
-def _operations(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Every operation with everything switched on, at a size that large models have."""
-    M, N, K, S = 4096, 2048, 2048, 4
+@dataclass(frozen=True)
+class Failure:
+    """A kernel that did not compile; ``kernel`` is None where it was not reached."""
 
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    x, y, w, bias = meta(M, K), meta(M, N), meta(N, K), meta(N)
-    r, wmax, seed = meta(S, dtype=torch.float32), meta(S, N, dtype=torch.float32), meta(1, dtype=torch.int64)
-    mask = meta(S, M, N // 8, dtype=torch.uint8)
-
-    def input_range() -> None:
-        launch_input_range_grad(x, x, r, S, 0.01, 0.95, False)
-        launch_input_range_update(r, meta(S, dtype=torch.int64), r, meta(S, 3, dtype=torch.float32), 100, 3.0)
-        launch_extrema(x, S)
-
-    def weight() -> None:
-        launch_weight(w, S, None, "per_channel", 254.0, "per_channel", 0.02, seed, dtype)
-        launch_weight_grad(w, w, wmax, S, "per_channel", 254.0)
-
-    def matmul() -> None:
-        launch_matmul(x, w, bias, r, S, 254.0, 0.04, wmax, 10.0, wmax, 254.0, seed)
-        launch_matmul(x, w, bias, r, S, 254.0, 0.04, wmax, 0.0, None, -1.0, seed)
-        launch_matmul(x, w, bias, meta(S, M, dtype=torch.float32), S, 254.0, 0.0, None, 10.0, wmax, 254.0, None)
-
-    return {
-        "absmax": lambda: launch_absmax(w, S),
-        "adc": lambda: launch_adc(y, r[:1], 0.04, wmax[0], 10.0, wmax[0], 254.0, seed, 0),
-        "dac": lambda: launch_dac(x, r, S, 254.0),
-        "input_range": input_range,
-        "matmul": matmul,
-        "matmul_dgrad": lambda: launch_matmul_dgrad(y, w, x, r, S, mask, 0.01, 0.95, False),
-        "matmul_wgrad": lambda: launch_matmul_wgrad(y, x, r, S, mask, 254.0, torch.float32),
-        "noise": lambda: launch_noise(seed, M, N, stream=2, plane=0),
-        "std": lambda: launch_moments(x, S, meta(S, dtype=torch.bool)),
-        "weight": weight,
-    }
+    op: str
+    variant: str
+    kernel: str | None
+    target: str
+    dtype: str
+    error: str
 
 
-OPS = tuple(_operations(torch.bfloat16))
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
 
 
-def _source(kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
-    """What Triton would compile for this launch: types, constants, and which arguments are multiples of 16."""
-    values = dict(zip(kernel.arg_names, args, strict=False)) | options
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, values[parameter.name]
-        specialize = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialize and type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + _TYPE_NAMES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if specialize and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    return ASTSource(kernel, signature, constants, attributes)
+@dataclass(frozen=True)
+class Specialization:
+    """What tells a launch's compiled kernel from others: launches with equal ``key`` share one."""
+
+    variant: str
+    kernel: str
+    config: dict[str, Any]
+    key: str
+
+
+def record(function: Callable[[], object]) -> list[Launch]:
+    """The launches of ``function``, none of which is started."""
+    launches: list[Launch] = []
+    with launch.recording(lambda *launched: launches.append(Launch(*launched))):
+        function()
+    return launches
+
+
+def _specialize(launched: Launch, target: str) -> tuple[ASTSource, dict[str, Any], str]:
+    """What Triton compiles for a launch, with which options, and the key that it keeps the result under.
+
+    The steps of ``JITFunction.run``, which asks the active driver, and so a GPU, for the target.
+    """
+    kernel, options = launched.kernel, launched.options | {"enable_fp_fusion": True}
+    backend = make_backend(TARGETS[target])
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, compiler_options = bind(*launched.args, **options)
+    key = compute_cache_key({}, specialization, compiler_options)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, compiler_options
+    )
+    return ASTSource(kernel, signature, constants, attributes), parsed.__dict__, key
+
+
+def compile_launch(launched: Launch, target: str) -> Any:
+    """Triton's ``CompiledKernel`` of a recorded launch; tensor descriptors and tuples of arguments included."""
+    source, options, _ = _specialize(launched, target)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def specializations(op: str, rows: int, target: str = "sm_90", dtype: str = "bf16") -> list[Specialization]:
+    """Which compiled kernels ``op`` would launch for a batch of ``rows``, in all of its variants. Compiles nothing.
+
+    Raises:
+        ValueError: unknown ``op``, ``target`` or ``dtype``.
+        RuntimeError: the process runs Triton's interpreter.
+    """
+    _check((op,), (target,), (dtype,))
+    return [
+        Specialization(variant, launched.kernel.__name__, launched.options, _specialize(launched, target)[2])
+        for variant, function in variants(DTYPES[dtype], rows)[op]
+        for launched in record(function)
+    ]
 
 
 def _cuda_tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_cubin(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            for command in (
-                [_cuda_tool("cuobjdump"), "-res-usage", file.name],
-                [_cuda_tool("nvdisasm"), "-c", file.name],
-            )
-        )
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
+def _numbers(listing: Listing, registers: int, spilled_bytes: int) -> dict[str, int]:
     return {
-        "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
-        "spilled_bytes": int(re.findall(r"STACK:(\d+)", usage)[-1]),
-        "tensor_core_instructions": sum(bool(re.match(r"[HIQD]G?MMA|UTC\w*MMA", i)) for i in instructions),
-        "instructions": sum(i != "NOP" for i in instructions),
+        "registers": registers,
+        "spilled_bytes": spilled_bytes,
+        "tensor_core_instructions": listing.tensor_core_instructions,
+        "instructions": len(listing.instructions),
+        "hottest_loop": listing.hottest_loop,
     }
+
+
+def _read_cubin(cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        sass, usage = (
+            subprocess.run([_cuda_tool(tool), option, path], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
+    return _numbers(parse_sass(sass), *parse_resource_usage(usage))
 
 
 def _read_amdgcn(assembly: str) -> dict[str, int]:
-    instructions = re.findall(r"^\t([vsdgb][a-z0-9]*_[a-z0-9_]+)", assembly, re.M)
-
-    def field(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1])
-
-    return {
-        "registers": field("vgpr_count"),
-        "spilled_bytes": 4 * field("vgpr_spill_count"),
-        "tensor_core_instructions": sum("mfma" in i for i in instructions),
-        "instructions": len(instructions),
-    }
+    return _numbers(parse_amdgcn(assembly), *parse_amdgcn_metadata(assembly))
 
 
-def inspect(op: str, target: str, dtype: torch.dtype = torch.bfloat16) -> list[Report]:
-    """Compile the kernels of ``op`` in their default configurations for ``target``; one report per kernel launched.
+def measure(compiled: Any, target: str) -> dict[str, int]:
+    """The numbers of a :class:`Report`, read from the machine code of a ``CompiledKernel`` for ``target``."""
+    machine_code, metadata = compiled.asm, compiled.metadata
+    numbers = _read_cubin(machine_code["cubin"]) if "cubin" in machine_code else _read_amdgcn(machine_code["amdgcn"])
+    tensor_columns = getattr(metadata, "tmem_size", None) or 0  # only Blackwell has tensor memory
+    programs = occupancy(target, numbers["registers"], metadata.shared, metadata.num_warps, tensor_columns)
+    return numbers | {"shared_bytes": metadata.shared, "occupancy": programs}
 
-    Args:
-        op: One of ``OPS``.
-        target: One of ``TARGETS``.
-        dtype: Storage dtype: fp32, bf16 or fp16.
 
-    Raises:
-        ValueError: unknown ``op`` or ``target``.
-        RuntimeError: the process runs Triton's interpreter, which has no compiler.
+def inspect_variant(work: Work) -> list[Report | Failure]:
+    """Compile one variant's kernels, one after the other; a failure does not keep the next from being tried."""
+    variant, function = variants(DTYPES[work.dtype])[work.op][work.index]
+    results: list[Report | Failure] = []
+    for launched in record(function):
+        kernel = launched.kernel.__name__
+        try:
+            numbers = measure(compile_launch(launched, work.target), work.target)
+            results.append(
+                Report(work.op, variant, kernel, work.target, work.dtype, config=launched.options, **numbers)
+            )
+        except Exception as error:  # whatever the compiler raises is a finding about this kernel
+            results.append(Failure(work.op, variant, kernel, work.target, work.dtype, _describe(error)))
+    return results
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def run_in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], jobs: int
+) -> list[Result | BaseException]:
+    """``function`` of every item, over ``jobs`` new processes; in place of a result what it raised.
+
+    A process that dies (a compiler's assertion) takes the pool along. What it left undone is tried again, each item in a
+    process of its own, so that only the item that kills it is lost.
     """
-    for name, value, allowed in (("op", op, OPS), ("target", target, tuple(TARGETS))):
-        if value not in allowed:
-            raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(allowed)}")
+
+    def attempt(items: Sequence[Item]) -> list[Result | BaseException]:
+        # Spawned, not forked: the parent may hold threads, and forked children would inherit their locks.
+        with ProcessPoolExecutor(min(jobs, len(items)), mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(function, item) for item in items]
+        return [future.exception() or future.result() for future in futures]
+
+    if not items:
+        return []
+    results = attempt(items)
+    for i, result in enumerate(results):
+        if isinstance(result, BrokenProcessPool):
+            results[i] = attempt([items[i]])[0]
+    return results
+
+
+def _check(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str]) -> None:
+    for name, values, allowed in (("op", ops, OPS), ("target", targets, TARGETS), ("dtype", dtypes, DTYPES)):
+        for value in values:
+            if value not in allowed:
+                raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(allowed)}")
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
             "TRITON_INTERPRET is set: the interpreter compiles nothing; unset it and start a new process"
         )
 
-    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
-    with launch.recording(lambda kernel, args, options: launches.append((kernel, args, options))):
-        _operations(dtype)[op]()
-    reports = []
-    for kernel, args, options in launches:
-        compiler_options = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
-        compiled = triton.compile(
-            _source(kernel, args, options),
-            target=TARGETS[target],
-            options=compiler_options | {"enable_fp_fusion": True},
-        )
-        numbers = (
-            _read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amdgcn(compiled.asm["amdgcn"])
-        )
-        reports.append(
-            Report(
-                op=op,
-                kernel=kernel.__name__,
-                target=target,
-                dtype=_TYPE_NAMES[dtype],
-                config=options,
-                shared_bytes=compiled.metadata.shared,
-                **numbers,
-            )
-        )
-    return reports
+
+def inspect(
+    ops: Sequence[str] = OPS,
+    targets: Sequence[str] = tuple(TARGETS),
+    dtypes: Sequence[str] = ("bf16",),
+    jobs: int | None = None,
+) -> tuple[list[Report], list[Failure]]:
+    """Compile the kernels of ``ops`` in their default configurations, all variants, over several processes.
+
+    A script that calls this must be importable without side effects (``if __name__ == "__main__"``), as always with
+    spawned processes. Triton's cache on disk makes a second run quick.
+
+    Args:
+        ops: Of ``OPS``.
+        targets: Of ``TARGETS``.
+        dtypes: Storage dtypes, of ``DTYPES``.
+        jobs: Processes; default the number of CPUs.
+
+    Returns:
+        One report per kernel launched, and one failure per kernel that did not compile.
+
+    Raises:
+        ValueError: unknown name, or ``jobs`` below 1.
+        RuntimeError: the process runs Triton's interpreter, which has no compiler.
+    """
+    _check(ops, targets, dtypes)
+    jobs = os.cpu_count() or 1 if jobs is None else jobs
+    if jobs < 1:
+        raise ValueError(f"jobs: got {jobs}; allowed is a number of processes >= 1")
+    table = variants(torch.bfloat16)
+    work = [
+        Work(op, index, target, dtype)
+        for op in ops
+        for target in targets
+        for dtype in dtypes
+        for index in range(len(table[op]))
+    ]
+    reports: list[Report] = []
+    failures: list[Failure] = []
+    for item, results in zip(work, run_in_processes(inspect_variant, work, jobs), strict=True):
+        if isinstance(results, BaseException):
+            results = [Failure(item.op, item.variant, None, item.target, item.dtype, _describe(results))]
+        reports += [result for result in results if isinstance(result, Report)]
+        failures += [result for result in results if isinstance(result, Failure)]
+    return reports, failures

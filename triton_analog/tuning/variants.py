@@ -1,0 +1,87 @@
+"""What the inspector compiles: every operation, in variants that differ in what is switched on.
+
+A new variant is one more pair of a label and a call of the launcher in :func:`variants`; nothing else has to know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from triton_analog.ops.absmax import launch_absmax
+from triton_analog.ops.adc import launch_adc
+from triton_analog.ops.dac import launch_dac
+from triton_analog.ops.input_range import launch_extrema, launch_input_range_grad, launch_input_range_update
+from triton_analog.ops.matmul import launch_matmul
+from triton_analog.ops.matmul_dgrad import launch_matmul_dgrad
+from triton_analog.ops.matmul_wgrad import launch_matmul_wgrad
+from triton_analog.ops.noise import launch_noise
+from triton_analog.ops.std import launch_moments
+from triton_analog.ops.weight import launch_weight, launch_weight_grad
+
+Variants = dict[str, list[tuple[str, Callable[[], object]]]]
+
+
+def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
+    """Per operation: a label for what is switched on, and a function that launches it on meta tensors.
+
+    Args:
+        dtype: Storage dtype of inputs and weights.
+        rows: Number of input rows (the batch); features are as in large models.
+    """
+    M, N, K, S = rows, 2048, 2048, 4
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def numbers(*shape: int) -> Tensor:
+        return meta(*shape, dtype=torch.float32)
+
+    x, y, w, bias = meta(M, K), meta(M, N), meta(N, K), meta(N)
+    static, dynamic, wmax = numbers(S), numbers(S, M), numbers(S, N)
+    seed, count = meta(1, dtype=torch.int64), meta(S, dtype=torch.int64)
+    mask = meta(S, M, N // 8, dtype=torch.uint8)
+
+    return {
+        "absmax": [("plain", lambda: launch_absmax(w, S))],
+        "adc": [("noise+adc", lambda: launch_adc(y, static[:1], 0.04, wmax[0], 10.0, wmax[0], 254.0, seed, 0))],
+        "dac": [
+            ("static", lambda: launch_dac(x, static, S, 254.0)),
+            ("dynamic", lambda: launch_dac(x, dynamic, S, 254.0)),
+        ],
+        "input_range": [
+            ("grad", lambda: launch_input_range_grad(x, x, static, S, 0.01, 0.95, False)),
+            ("update", lambda: launch_input_range_update(static, count, static, numbers(S, 3), 100, 3.0)),
+            ("extrema", lambda: launch_extrema(x, S)),
+        ],
+        "matmul": [
+            ("dac+noise+adc", lambda: launch_matmul(x, w, bias, static, S, 254.0, 0.04, wmax, 10.0, wmax, 254.0, seed)),
+            ("dac+noise", lambda: launch_matmul(x, w, bias, static, S, 254.0, 0.04, wmax, 0.0, None, -1.0, seed)),
+            ("dynamic+adc", lambda: launch_matmul(x, w, bias, dynamic, S, 254.0, 0.0, None, 10.0, wmax, 254.0, None)),
+            ("plain", lambda: launch_matmul(x, w, None, None, S, -1.0, 0.0, None, 0.0, None, -1.0, None)),
+        ],
+        "matmul_dgrad": [
+            ("range+mask", lambda: launch_matmul_dgrad(y, w, x, static, S, mask, 0.01, 0.95, False)),
+            ("plain", lambda: launch_matmul_dgrad(y, w, x, None, S, None, 0.0, 0.95, False)),
+        ],
+        "matmul_wgrad": [
+            ("dac+mask", lambda: launch_matmul_wgrad(y, x, static, S, mask, 254.0, torch.float32)),
+            ("dynamic", lambda: launch_matmul_wgrad(y, x, dynamic, S, None, 254.0, torch.float32)),
+            ("plain", lambda: launch_matmul_wgrad(y, x, None, S, None, -1.0, torch.float32)),
+        ],
+        "noise": [("plain", lambda: launch_noise(seed, M, N, stream=2, plane=0))],
+        "std": [
+            ("plain", lambda: launch_moments(x, S, None)),
+            ("active", lambda: launch_moments(x, S, meta(S, dtype=torch.bool))),
+        ],
+        "weight": [
+            (
+                "quantize+noise",
+                lambda: launch_weight(w, S, None, "per_channel", 254.0, "per_channel", 0.02, seed, dtype),
+            ),
+            ("clip", lambda: launch_weight(w, S, wmax, "none", 0.0, "none", 0.0, None, dtype)),
+            ("grad", lambda: launch_weight_grad(w, w, wmax, S, "per_channel", 254.0)),
+        ],
+    }

@@ -4,9 +4,15 @@ This is the specification the Triton kernels are tested against, and what runs o
 """
 
 from .absmax import absmax
-from .adc import adc, pack_bits, unpack_bits
-from .dac import dac
-from .input_range import extrema, input_range_grad, input_range_update, input_range_update_fast
+from .adc import adc, adc_grad, mask_shape, pack_bits, unpack_bits
+from .dac import dac, dac_steps
+from .input_range import (
+    extrema,
+    input_range_grad,
+    input_range_learn,
+    input_range_update,
+    input_range_update_fast,
+)
 from .matmul import matmul
 from .matmul_dgrad import matmul_dgrad
 from .matmul_wgrad import matmul_wgrad
@@ -18,11 +24,15 @@ from .weight import weight, weight_grad
 __all__ = [
     "absmax",
     "adc",
+    "adc_grad",
     "dac",
+    "dac_steps",
     "extrema",
     "input_range_grad",
+    "input_range_learn",
     "input_range_update",
     "input_range_update_fast",
+    "mask_shape",
     "matmul",
     "matmul_dgrad",
     "matmul_wgrad",

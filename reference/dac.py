@@ -12,7 +12,7 @@ from .slicing import iter_slices
 def dac_slice(x: Tensor, r: Tensor, q_max: float) -> tuple[Tensor, Tensor | float]:
     """One slice as ``(operand, unit)`` with ``x_q = operand * unit``: integers and the step, or clamped values and 1."""
     if q_max > 0:
-        return to_grid(x, r, q_max).clamp(-q_max, q_max).round(), r / q_max
+        return to_grid(x, r, q_max).clamp_(-q_max, q_max).round_(), r / q_max
     return torch.maximum(torch.minimum(x, r), -r), 1.0
 
 
@@ -25,3 +25,38 @@ def dac(x: Tensor, input_range: Tensor, slices: int, inp_res: float = -1.0) -> T
         operand, unit = dac_slice(part, range_of(input_range, s, part), q_max)
         parts.append((operand * unit).to(x.dtype))
     return torch.cat(parts, dim=-1)
+
+
+def dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tuple[Tensor, Tensor]:
+    """``x [M, K]`` as int8 numbers of steps and, for a static range, packed flags ``[2, M, ceil(K / 8)]``: ``|x| >= r`` and
+    ``|x| <= r``, low bit first."""
+    q_max = half_steps(inp_res)
+    steps, touches, passes = [], [], []
+    for s, part in enumerate(iter_slices(x, slices)):
+        part = wide(part)
+        r = range_of(input_range, s, part)
+        q, _ = dac_slice(part, r, q_max)
+        touches.append(part.abs() >= r)
+        passes.append(part.abs() <= r)
+        steps.append(torch.where(touches[-1] & (q == 0), part.sign(), q).nan_to_num().to(torch.int8))  # sign for a range of 0
+    rows = len(x) if input_range.ndim == 1 else 0
+    flags = torch.stack([torch.cat(touches, -1)[:rows], torch.cat(passes, -1)[:rows]])
+    return torch.cat(steps, -1), _pack_bytes(flags)
+
+
+def _pack_bytes(flags: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(flags, (0, -flags.shape[-1] % 8)).to(torch.uint8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=flags.device)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def restore(steps: Tensor, clipped: Tensor, input_range: Tensor, slices: int, dtype: torch.dtype) -> Tensor:
+    """An input that the clamp and its gradients cannot tell from the one behind :func:`dac_steps`."""
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=steps.device)
+    touches, passes = (clipped[..., None] & weights).ne(0).flatten(-2)[..., : steps.shape[1]]
+    parts = []
+    for s, (q, t, p) in enumerate(zip(*(iter_slices(v, slices) for v in (steps, touches, passes)), strict=True)):
+        q = q.to(dtype)
+        r = range_of(input_range, s, q)
+        parts.append(torch.where(p, torch.where(t, q.sign() * r, 0.0), torch.where(t, q.sign() * torch.inf, torch.nan)))
+    return torch.cat(parts, -1)

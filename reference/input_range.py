@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .grid import wide
 from .slicing import iter_slices
-from .std import std_of
+from .std import moments, std_of
 
 
 def extrema(x: Tensor, slices: int) -> Tensor:
@@ -31,6 +31,24 @@ def input_range_update(
     input_range.copy_(r)
     residual.copy_(r - input_range.to(std.dtype))
     count.add_(due)
+
+
+def input_range_learn(
+    x: Tensor,
+    input_range: Tensor,
+    count: Tensor,
+    residual: Tensor | None,
+    slices: int,
+    *,
+    init_from_data: int,
+    init_std_alpha: float,
+) -> None:
+    """:func:`input_range_update` with the moments of ``x [M, K]``, which is read only where a start-up lasts; in place."""
+    residual = torch.zeros_like(input_range) if residual is None else residual
+    sample = moments(x, slices, count < init_from_data)
+    input_range_update(
+        input_range, count, residual, sample, init_from_data=init_from_data, init_std_alpha=init_std_alpha
+    )
 
 
 def input_range_update_fast(

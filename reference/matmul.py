@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .adc import convert, pack_bits
+from .adc import convert, mask_shape, pack_bits
 from .dac import dac_slice
 from .grid import half_steps, range_of, wide, without_autocast
 from .noise import OUTPUT_STREAM, noise
@@ -27,11 +27,14 @@ def matmul(
     bound_wmax: Tensor | None = None,
     out_res: float = -1.0,
     seed: Tensor | None = None,
+    weight_wmax: Tensor | None = None,
+    weight_res: float = 0.0,
+    needs_mask: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``y [M, N]`` in the dtype of ``x`` and the packed saturation mask ``[S, M, ceil(N / 8)]`` (``S = 0`` without a bound).
+    """``y [M, N]`` in the dtype of ``x`` and the saturation mask of :func:`mask_shape` (empty without a bound or need).
 
     ``x [M, K]``, ``weight [N, K]`` as the tiles hold it, ``bias [N]``, ``input_range [S]`` or ``[S, M]``, and the
-    ``wmax`` that scale noise and bound: ``[S, N]`` or ``[S, 1]``.
+    ``wmax`` that scale noise and bound: ``[S, N]`` or ``[S, 1]``. An int8 weight holds steps of ``weight_wmax / Q``.
     """
     M, N = x.shape[0], weight.shape[0]
     out = wide(x).new_zeros(M, N)
@@ -44,7 +47,12 @@ def matmul(
         if input_range is not None:
             r = range_of(input_range, s, operand)
             operand, unit = dac_slice(operand, r, half_steps(inp_res))
-        y_s = (operand @ wide(w_s).T) * unit
+        if weight.dtype == torch.int8:  # an exact product of integers
+            assert weight_wmax is not None
+            unit = unit * (wide(weight_wmax[s]) / half_steps(weight_res))
+            y_s = (operand.double() @ w_s.double().T).to(operand.dtype) * unit
+        else:
+            y_s = (operand @ wide(w_s).T) * unit
         if out_noise > 0:
             assert noise_wmax is not None
             assert seed is not None
@@ -56,12 +64,13 @@ def matmul(
         if out_bound > 0:
             assert bound_wmax is not None
             y_s, saturated = convert(y_s, out_bound * r * wide(bound_wmax[s]), half_steps(out_res))
-            masks.append(pack_bits(saturated))
+            if needs_mask:
+                masks.append(pack_bits(saturated))
         out += y_s
     if out_noise > 0 and not out_bound > 0:
         assert seed is not None
         out += variance.sqrt() * noise(seed, M, N, stream=OUTPUT_STREAM)
     if bias is not None:
         out += wide(bias)
-    mask = torch.stack(masks) if masks else torch.empty(0, M, -(-N // 8), dtype=torch.uint8, device=x.device)
+    mask = torch.stack(masks) if masks else torch.empty(mask_shape(0, M, N), dtype=torch.int32, device=x.device)
     return out.to(x.dtype), mask

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .adc import unpack_bits
-from .grid import wide, without_autocast
+from .dac import dac_slice, restore
+from .grid import half_steps, range_of, wide, without_autocast
 from .input_range import input_range_grad_slice
 from .slicing import iter_slices
 
@@ -25,15 +26,29 @@ def matmul_dgrad(
     slices: int,
     mask: Tensor | None,
     *,
+    clipped: Tensor | None = None,
     decay: float = 0.0,
     input_min_percentage: float = 0.95,
     fast_mode: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``dx [M, K]`` in the dtype of ``x`` and the gradient ``[S]`` of a static ``input_range [S]``.
+    inp_res: float = -1.0,
+    needs_steps: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dx [M, K]`` in the dtype of ``grad``, the gradient ``[S]`` of a static ``input_range [S]``, and on demand the converted
+    input as numbers of steps ``[M, K]``.
 
-    ``input_range`` is None where nothing clips (no range, or a dynamic one); the range gradient is then empty.
+    ``input_range`` is None where nothing clips (no range, or a dynamic one); its gradient is then empty. ``x`` is as it was
+    in the forward, or int8 with the ``clipped`` flags of :func:`dac_steps`.
     """
     g = wide(grad)
+    steps = x.to(grad.dtype) if needs_steps else grad.new_empty(0, x.shape[1])
+    if needs_steps and x.dtype != torch.int8:
+        assert input_range is not None
+        slices_of_x = enumerate(iter_slices(wide(x), slices))
+        converted = [dac_slice(x_s, range_of(input_range, s, x_s), half_steps(inp_res))[0] for s, x_s in slices_of_x]
+        steps = torch.cat(converted, dim=-1).to(grad.dtype)
+    if input_range is not None and x.dtype == torch.int8:
+        assert clipped is not None
+        x = restore(x, clipped, input_range, slices, g.dtype)
     parts, range_grads = [], []
     for s, (x_s, w_s) in enumerate(zip(iter_slices(x, slices), iter_slices(weight, slices), strict=True)):
         dx = masked(g, mask, s) @ wide(w_s)
@@ -42,5 +57,6 @@ def matmul_dgrad(
             r = input_range[s].to(x_s.dtype)
             range_grads.append(input_range_grad_slice(dx, x_s, r, decay, input_min_percentage, fast_mode))
             dx = torch.where(x_s.abs() <= r.abs(), dx, 0.0)
-        parts.append(dx.to(x.dtype))
-    return torch.cat(parts, dim=-1), torch.stack(range_grads) if range_grads else g.new_empty(0)
+        parts.append(dx.to(grad.dtype))
+    dr = torch.stack(range_grads).to(input_range.dtype) if input_range is not None else g.new_empty(0)
+    return torch.cat(parts, dim=-1), dr, steps

@@ -21,14 +21,20 @@ def matmul_wgrad(
     *,
     inp_res: float = -1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """``dW [N, K]`` in ``dtype`` (default: that of ``x``), the input quantized anew from ``x`` and its range."""
+    converted: bool = False,
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``dW [N, K]`` in ``dtype`` and ``db [N]`` in ``bias_dtype`` (None leaves it out), the input quantized anew from ``x``
+    and its range unless ``x`` is ``converted``: numbers of steps."""
     g = wide(grad)
+    q_max = half_steps(inp_res)
     parts = []
     for s, x_s in enumerate(iter_slices(x, slices)):
-        operand = wide(x_s)
+        operand = x_s.to(g.dtype)
         unit: Tensor | float = 1.0
         if input_range is not None:
-            operand, unit = dac_slice(operand, range_of(input_range, s, operand), half_steps(inp_res))
-        parts.append((masked(g, mask, s).T @ (operand * unit)).to(dtype or x.dtype))
-    return torch.cat(parts, dim=-1)
+            r = range_of(input_range, s, operand)
+            operand, unit = (operand, r / q_max) if converted else dac_slice(operand, r, q_max)
+        parts.append((masked(g, mask, s).T @ (operand * unit)).to(dtype or grad.dtype))
+    dbias = g.sum(0).to(bias_dtype) if bias_dtype is not None else g.new_empty(0, dtype=dtype or grad.dtype)
+    return torch.cat(parts, dim=-1), dbias

@@ -31,7 +31,7 @@ def weight(
     """The weight the tiles hold, ``[N, K]`` in ``dtype`` (default: that of ``weight``), and ``wmax [S, N]``.
 
     ``clip [S, N]`` is the learned clip; ``quantization`` and ``noise_type`` are ``none``, ``per_tensor`` (one scale per
-    slice) or ``per_channel``.
+    slice) or ``per_channel``. In int8 it is the number of steps, for a weight that is quantized and not disturbed.
     """
     wmax = wide(clip).abs() if clip is not None else absmax(weight, slices)
     q_max = half_steps(res) if quantization != "none" else 0.0
@@ -39,7 +39,9 @@ def weight(
     for s, part in enumerate(iter_slices(wide(weight), slices)):
         if q_max > 0:
             bound = _bound(wmax, s, quantization)
-            part = to_grid(part, bound, q_max).clamp(-q_max, q_max).round() * (bound / q_max)
+            part = to_grid(part, bound, q_max).clamp(-q_max, q_max).round()
+            if dtype != torch.int8:
+                part = part * (bound / q_max)
         elif clip is not None:
             part = torch.maximum(torch.minimum(part, wmax[s][:, None]), -wmax[s][:, None])
         parts.append(part)

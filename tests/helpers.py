@@ -15,6 +15,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 all_views = pytest.mark.parametrize("view", ["contiguous", "transposed", "strided", "column_sliced"])
 
+# The hardware does not ask for it, nor does the compiler.
+unaligned_offsets = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the interpreter wants a descriptor's offsets to be multiples of 16 bytes"
+)
+
 # ---- Inputs ---------------------------------------------------------------------------------------------------------
 
 
@@ -45,22 +50,67 @@ def viewed(x: Tensor, view: str) -> Tensor:
     return out.copy_(x)
 
 
+def padded_rows(x: Tensor) -> Tensor:
+    """The matrix ``x`` again, in rows of a multiple of 16 elements: tensor descriptors can address it, if only to its last
+    column. NaN (integers: the largest) lies beyond."""
+    rows, cols = x.shape
+    gap = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+    return x.new_full((rows, cols + -cols % 16), gap)[:, :cols].copy_(x)
+
+
 def cut(x: Tensor, slices: int) -> tuple[Tensor, ...]:
     """The slices of the columns: as equal as possible, the first ones wider (SEMANTICS 1)."""
     return torch.tensor_split(x, slices, dim=-1)
 
 
+def columns_of_bits() -> np.ndarray:
+    """Which of 128 columns each bit ``[word, bit]`` of a mask stands for, as ``reference.pack_bits`` documents it."""
+    word, bit = np.meshgrid(np.arange(4), np.arange(32), indexing="ij")
+    return 32 * (bit // 8) + 16 * (bit // 4 % 2) + 8 * (bit // 2 % 2) + 2 * word + bit % 2
+
+
 def unpacked(mask: Tensor, columns: int) -> Tensor:
-    """Saturation flags ``[..., columns]`` of packed bytes ``[..., ceil(columns / 8)]``, low bit first."""
-    bits = np.unpackbits(mask.cpu().numpy(), axis=-1, bitorder="little")
-    assert not bits[..., columns:].any(), "bits beyond the last column are set"
-    return torch.from_numpy(bits[..., :columns].astype(bool)).to(mask.device)
+    """Saturation flags ``[..., M, columns]`` of packed words ``[..., ceil(columns / 128), M, 4]``."""
+    assert mask.dtype == torch.int32
+    bits = np.unpackbits(mask.cpu().contiguous().numpy().view(np.uint8), axis=-1, bitorder="little")
+    *batch, blocks, rows, _ = bits.shape
+    flags = np.empty((*batch, blocks, rows, 128), bool)
+    flags[..., columns_of_bits().reshape(-1)] = bits
+    flags = np.moveaxis(flags, -3, -2).reshape(*batch, rows, 128 * blocks)
+    assert not flags[..., columns:].any(), "bits beyond the last column are set"
+    return torch.from_numpy(flags[..., :columns].copy()).to(mask.device)
 
 
 def packed(flags: Tensor) -> Tensor:
     """The inverse of :func:`unpacked`."""
-    bits = np.packbits(flags.cpu().numpy(), axis=-1, bitorder="little")
-    return torch.from_numpy(bits).to(flags.device)
+    *batch, rows, columns = flags.shape
+    blocks = -(-columns // 128)
+    padded = np.zeros((*batch, rows, 128 * blocks), bool)
+    padded[..., :columns] = flags.cpu().numpy()
+    by_block = np.moveaxis(padded.reshape(*batch, rows, blocks, 128), -2, -3)
+    bits = np.ascontiguousarray(by_block[..., columns_of_bits().reshape(-1)])
+    words = np.packbits(bits, axis=-1, bitorder="little").view(np.int32)
+    return torch.from_numpy(words).to(flags.device)
+
+
+MASKS = {  # what saturated, of [2 slices, 40 rows, 150 columns]
+    "nothing": [],
+    "the first": [(0, 0, 0)],
+    "the last": [(1, 39, 149)],
+    "one in the second block of words": [(0, 20, 130)],
+    "a whole slice": [(1,)],
+    "one row": [(slice(None), 17)],
+    "one column": [(0, slice(None), 127)],
+    "one block": [(1, slice(16, 32), slice(32, 64))],
+}
+
+
+def masks_of(saturated: list[tuple[Any, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The flags ``[2, 40, 150]`` that one of :data:`MASKS` sets, and those set in both slices where one of them is."""
+    flags = torch.zeros(2, 40, 150, dtype=torch.bool, device=device)
+    for where in saturated:
+        flags[where] = True
+    return flags, flags.any(0).expand_as(flags)
 
 
 # ---- Tolerance ------------------------------------------------------------------------------------------------------

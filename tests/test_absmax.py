@@ -1,11 +1,13 @@
 """SEMANTICS 8: largest magnitude per slice and row."""
 
+import sys
+
 import pytest
 import torch
 from helpers import DTYPES, all_dtypes, all_views, cut, randn, viewed
 
 from triton_analog import ops
-from triton_analog.ops.absmax import AbsmaxConfig, launch_absmax
+from triton_analog.ops.absmax import AbsmaxConfig, launch_absmax, launch_absmax_and_maxima
 
 SHAPES = [(1, 1, 1), (1, 17, 17), (3, 129, 1), (5, 257, 3), (17, 131, 2), (33, 40, 7)]
 
@@ -47,6 +49,19 @@ def test_inf_and_nan_propagate_in_their_row_and_slice(value, column, backend, de
 def test_blocks_do_not_change_the_result(config, backend, device):
     x = randn(21, 100, device=device)
     assert torch.equal(launch_absmax(x, 3, config), formula(x, 3))
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize("config", [None, AbsmaxConfig(1, 16), AbsmaxConfig(4, 32)])
+@pytest.mark.parametrize("programs", [2, 1000])
+def test_the_maxima_cover_all_rows(config, programs, backend, device, monkeypatch):
+    monkeypatch.setattr(sys.modules[launch_absmax.__module__], "MAX_PROGRAMS", 3 * programs)
+    x = randn(21, 100, device=device)
+    x[3, 80] = torch.nan
+    out, maxima = launch_absmax_and_maxima(x, 3, config)
+    torch.testing.assert_close(out, formula(x, 3), rtol=0, atol=0, equal_nan=True)
+    assert maxima.shape[1] <= programs
+    torch.testing.assert_close(maxima.amax(1), formula(x, 3).amax(1), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

@@ -8,6 +8,7 @@ from helpers import (
     all_views,
     assert_accurate,
     near_tie,
+    packed,
     randn,
     seed_of,
     step_of,
@@ -67,13 +68,25 @@ def test_the_bound_itself_passes(res, backend, device):
     assert unpacked(saturation(y, r, **options), 5).tolist() == [[False, False, True, True, False]]
 
 
-def test_column_n_is_bit_n_mod_8_of_byte_n_div_8(backend, device):
-    y = torch.zeros(2, 19, device=device)
-    y[0, 0] = y[0, 10] = y[1, 18] = 5
+def test_the_order_of_the_bits(backend, device):
+    """Column ``128c + 32p + 16g + 8h + 2t + l`` of row ``m`` is bit ``8p + 4g + 2h + l`` of word ``[c, m, t]``."""
+    y = torch.zeros(2, 150, device=device)
+    y[0, 0] = y[0, 10] = y[1, 18] = y[1, 127] = y[0, 149] = -5
     mask = saturation(y, tensor([1.0], device), out_bound=1.0, bound_wmax=tensor([1.0], device))
-    assert mask.tolist() == [[1, 4, 0], [0, 0, 4]]
-    assert torch.equal(reference.unpack_bits(mask, 19), y > 1)
-    assert torch.equal(reference.pack_bits(y > 1), mask)
+    assert mask.dtype == torch.int32
+    assert mask.tolist() == [[[1, 4, 0, 0], [0, 16, 0, -(2**31)]], [[0, 0, 32, 0], [0, 0, 0, 0]]]
+    assert torch.equal(unpacked(mask, 150), y < -1)
+    assert torch.equal(packed(y < -1), mask)
+    assert torch.equal(reference.unpack_bits(mask, 150), y < -1)
+    assert torch.equal(reference.pack_bits(y < -1), mask)
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 129])
+def test_the_mask_ends_with_whole_words(columns, backend, device):
+    y = randn(5, columns, device=device) * 2
+    mask = saturation(y, tensor([1.0], device), out_bound=1.0, bound_wmax=tensor([1.0], device))
+    assert mask.shape == reference.mask_shape(1, 5, columns)[1:]
+    assert torch.equal(unpacked(mask, columns), y.abs() > 1)
 
 
 @all_dtypes
@@ -130,9 +143,9 @@ def test_any_memory_layout(view, backend, device):
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-@pytest.mark.parametrize("config", [AdcConfig(1, 16), AdcConfig(16, 32), AdcConfig(64, 128)])
+@pytest.mark.parametrize("config", [AdcConfig(1, 32), AdcConfig(16, 64), AdcConfig(64, 128)])
 def test_blocks_do_not_change_the_result(config, backend, device):
-    y, one = randn(21, 45, device=device), tensor([1.0], device)
+    y, one = randn(21, 150, device=device), tensor([1.0], device)
     results = [launch_adc(y, one, 0.2, one, 0.8, one, 30, seed_of(3, device), 1, c) for c in (None, config)]
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -148,13 +161,13 @@ def test_everything_off_gives_a_copy(backend, device):
 def test_no_bound_gives_no_mask(backend, device):
     y, one = randn(3, 9, device=device), tensor([1.0], device)
     noise = {"out_noise": 0.1, "noise_wmax": one, "seed": seed_of(1, device)}
-    assert saturation(y, one, out_bound=0.0, bound_wmax=None, **noise).shape == (3, 0)
+    assert saturation(y, one, out_bound=0.0, bound_wmax=None, **noise).shape == (0, 3, 4)
 
 
 def test_an_empty_batch(backend, device):
     y, one = torch.empty(0, 9, device=device), tensor([1.0], device)
     assert ops.adc(y, one, out_bound=1.0, bound_wmax=one, out_res=254).shape == (0, 9)
-    assert saturation(y, one, out_bound=1.0, bound_wmax=one).shape == (0, 2)
+    assert saturation(y, one, out_bound=1.0, bound_wmax=one).shape == (1, 0, 4)
 
 
 @pytest.mark.parametrize("expanded", [False, True])

@@ -17,11 +17,13 @@ from triton_analog.config import (
     IOParameters,
     MappingParameter,
     PrePostProcessingParameter,
+    SavedInput,
     TorchInferenceRPUConfig,
     WeightClipParameter,
     WeightClipType,
     WeightModifierParameter,
     WeightNoiseInjectionType,
+    WeightNoiseRefresh,
     WeightQuantizationType,
 )
 
@@ -48,7 +50,14 @@ def with_range(**values: Any) -> TorchInferenceRPUConfig:
     [
         (
             IOParameters,
-            {"inp_res": -1, "out_noise": 0.0, "out_noise_per_channel": False, "out_bound": 0.0, "out_res": -1},
+            {
+                "inp_res": -1,
+                "out_noise": 0.0,
+                "out_noise_per_channel": False,
+                "out_bound": 0.0,
+                "out_res": -1,
+                "save_input": SavedInput.FULL,  # ours
+            },
         ),
         (WeightClipParameter, {"sigma": -1.0, "type": WeightClipType.NONE}),
         (
@@ -58,6 +67,7 @@ def with_range(**values: Any) -> TorchInferenceRPUConfig:
                 "res": 0.0,
                 "noise_type": WeightNoiseInjectionType.NONE,
                 "quantization_type": WeightQuantizationType.NONE,
+                "refresh": WeightNoiseRefresh.FORWARD,  # ours
             },
         ),
         (MappingParameter, {"max_input_size": -1}),
@@ -149,6 +159,8 @@ def test_converters_and_output_noise_need_an_input_range(path: str, value: float
         ("clip.type", "LAYER_GAUSSIAN"),
         ("modifier.noise_type", WeightClipType.NONE),
         ("modifier.quantization_type", None),
+        ("modifier.refresh", "step"),
+        ("forward.save_input", "int8"),
         ("forward", {"inp_res": 254}),
     ],
 )
@@ -201,6 +213,9 @@ def test_a_dynamic_range_cannot_track_extreme_values() -> None:
         {"forward__inp_res": 2**22},
         {"forward__inp_res": 2},
         {"forward__inp_res": 0},
+        {"forward__inp_res": 254, "forward__save_input": SavedInput.INT8},
+        {"forward__inp_res": 1 / 254, "forward__save_input": SavedInput.INT8, "pre_post__input_range__dynamic": True},
+        {"modifier__refresh": WeightNoiseRefresh.STEP},
         {"forward__out_bound": 10, "forward__out_res": 254, "forward__out_noise": 0.04},
         {"mapping__max_input_size": 0},
         {"pre_post__input_range__act_range_momentum": -1},
@@ -216,6 +231,23 @@ def test_what_is_allowed_passes(values: dict[str, Any]) -> None:
     with_range(**values).validate()
 
 
+@pytest.mark.parametrize("res", [-1, 0, 255, 1 / 255, 2**16])
+def test_an_input_is_kept_as_int8_only_where_its_steps_fit(res: float) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"forward\.save_input: got INT8; .*forward\.inp_res must be .* it is {res}; set"
+    ):
+        with_range(forward__inp_res=res, forward__save_input=SavedInput.INT8).validate()
+
+
+def test_what_an_enum_allows_is_in_the_message() -> None:
+    with pytest.raises(
+        ConfigError, match=r"got 'step'; allowed are WeightNoiseRefresh\.FORWARD, WeightNoiseRefresh\.STEP"
+    ):
+        with_range(modifier__refresh="step").validate()
+    with pytest.raises(ConfigError, match=r"modifier\.refresh: got 'step'; allowed are FORWARD, STEP"):
+        TorchInferenceRPUConfig.from_dict({"modifier": {"refresh": "step"}})
+
+
 def test_a_misspelt_field_is_an_error_and_not_ignored() -> None:
     with pytest.raises(AttributeError, match="input_res"):
         TorchInferenceRPUConfig().forward.input_res = 254  # type: ignore[attr-defined]
@@ -225,7 +257,8 @@ def full() -> TorchInferenceRPUConfig:
     """A config without a single default."""
     return with_range(
         forward__inp_res=1 / 254, forward__out_noise=0.1, forward__out_noise_per_channel=True, forward__out_bound=12,
-        forward__out_res=510, clip__sigma=2.5, clip__type=WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL,
+        forward__out_res=510, forward__save_input=SavedInput.INT8, modifier__refresh=WeightNoiseRefresh.STEP,
+        clip__sigma=2.5, clip__type=WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL,
         modifier__std_dev=0.03, modifier__res=62, modifier__noise_type=WeightNoiseInjectionType.ADD_NORMAL,
         modifier__quantization_type=WeightQuantizationType.DISCRETIZE, mapping__max_input_size=512,
         pre_post__input_range__fast_mode=True, pre_post__input_range__act_range_momentum=-1,
@@ -237,7 +270,7 @@ def full() -> TorchInferenceRPUConfig:
 
 
 def test_the_round_trip_through_json_keeps_every_field() -> None:
-    assert len(full().changes()) == len(TorchInferenceRPUConfig().to_dict()["forward"]) + 2 + 4 + 1 + 10
+    assert len(full().changes()) == len(TorchInferenceRPUConfig().to_dict()["forward"]) + 2 + 5 + 1 + 10
     assert TorchInferenceRPUConfig.from_dict(json.loads(json.dumps(full().to_dict()))) == full()
 
 

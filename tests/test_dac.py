@@ -1,11 +1,13 @@
 """SEMANTICS 2, 3 (steps 1 and 2) and 6: the input converter and its gradients."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
     all_dtypes,
     all_views,
     assert_accurate,
+    cut,
     dac_formula,
     dac_steps,
     near_tie,
@@ -20,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_analog import ops
-from triton_analog.ops.dac import DacConfig, launch_dac
+from triton_analog.ops.dac import DacConfig, launch_dac, launch_dac_steps
 
 
 def assert_converts(x, r, slices, res):
@@ -144,7 +146,114 @@ class TestEdges:
 def test_blocks_do_not_change_the_result(config, backend, device):
     x = randn(21, 100, device=device)
     r = tensor([0.5, 1.0, 2.0], device)
-    assert torch.equal(launch_dac(x, r, 3, 254, config), launch_dac(x, r, 3, 254))
+    assert torch.equal(launch_dac(x, r, 3, 254, config=config), launch_dac(x, r, 3, 254))
+
+
+# ---- Steps and flags --------------------------------------------------------------------------------------------------
+
+
+def unpacked_bytes(flags, columns):
+    """``[2, M, columns]`` of ``[2, M, ceil(columns / 8)]``, low bit first; no bit lies beyond."""
+    bits = torch.from_numpy(np.unpackbits(flags.cpu().numpy(), axis=-1, bitorder="little").astype(bool))
+    assert not bits[..., columns:].any()
+    return bits[..., :columns].to(flags.device)
+
+
+def assert_has_steps_and_flags(x, r, slices, res):
+    """``x`` without NaN."""
+    steps, flags = ops.dac_steps(x, r, slices, res)
+    assert steps.dtype == torch.int8
+    exact = dac_steps(x, r, slices, res)
+    decided = ~near_tie(exact)
+    assert torch.equal(steps[decided].double(), exact.round()[decided])
+    assert (steps - exact).abs().max() < 0.5 + 1e-4
+    assert flags.dtype == torch.uint8
+    rows, columns = x.shape
+    if r.ndim == 2:
+        assert flags.shape == (2, 0, -(-columns // 8))
+        return
+    assert flags.shape == (2, rows, -(-columns // 8))
+    widths = torch.tensor([part.shape[1] for part in cut(x, slices)], device=x.device)
+    size, limit = x.double().abs(), r.double().abs().repeat_interleave(widths)
+    assert torch.equal(unpacked_bytes(flags, columns), torch.stack([size >= limit, size <= limit]))
+
+
+@all_dtypes
+@pytest.mark.parametrize("res", [2, 14, 1 / 254])
+@pytest.mark.parametrize(("rows", "features", "slices"), [(1, 1, 1), (3, 17, 17), (19, 257, 3), (2, 4099, 2)])
+def test_steps_and_flags(rows, features, slices, res, dtype, backend, device):
+    """Slices begin anywhere in a byte of flags; a quarter of the inputs is exactly at a range, on either side."""
+    x = randn(rows, features, device=device, dtype=dtype)
+    r = tensor([(0.75, -1.5, 2.0)[s % 3] for s in range(slices)], device)
+    for part, r_s in zip(cut(x, slices), r, strict=True):
+        part[:, 1::8], part[:, 3::8] = r_s, -r_s
+    assert_has_steps_and_flags(x, r, slices, res)
+    if dtype == torch.float32:  # ratios of short numbers: true ties are common
+        assert_has_steps_and_flags(x, ops.absmax(x, slices), slices, res)
+
+
+def test_steps_and_flags_of_every_kind_of_input(backend, device):
+    x = tensor([[1.0, -1.0, 1.5, -1.5, 0.5, -0.25, 0.0, torch.inf, -torch.inf]], device)
+    for r in (1.0, -1.0):
+        steps, flags = ops.dac_steps(x, tensor([r], device), 1, 8)
+        assert steps.tolist() == [[4, -4, 4, -4, 2, -1, 0, 4, -4]]
+        touches, passes = unpacked_bytes(flags, 9)
+        assert touches.tolist() == [[True, True, True, True, False, False, False, True, True]]
+        assert passes.tolist() == [[True, True, False, False, True, True, True, False, False]]
+
+
+def test_nan_has_no_flag(backend, device):
+    x = randn(3, 20, device=device)
+    x[1, 4] = x[2, 19] = torch.nan
+    _, flags = ops.dac_steps(x, tensor([0.5, 1.0], device), 2, 254)
+    touches, passes = unpacked_bytes(flags, 20)
+    assert torch.equal(touches | passes, ~x.isnan())
+
+
+def test_steps_keep_the_side_of_a_range_of_zero(backend, device):
+    """All inputs but 0 are beyond such a range, and the gradient of the range asks on which side."""
+    x = tensor([[3.0, -2.0, 0.0, 1e-30]], device)
+    steps, flags = ops.dac_steps(x, tensor([0.0], device), 1, 254)
+    assert steps.sign().tolist() == [[1, -1, 0, 1]]
+    touches, passes = unpacked_bytes(flags, 4)
+    assert touches.tolist() == [[True] * 4]
+    assert passes.tolist() == [[False, False, True, False]]
+
+
+def test_steps_of_rows_of_zeros_with_a_dynamic_range(backend, device):
+    x = randn(3, 9, device=device)
+    x[1] = 0
+    steps, _ = ops.dac_steps(x, ops.absmax(x, 2), 2, 254)
+    assert not steps[1].any()
+    assert all((part.abs().amax(1) == 127).all() for part in cut(steps[[0, 2]], 2))
+
+
+@all_views
+def test_steps_of_any_memory_layout(view, backend, device):
+    x, r = randn(7, 45, device=device), tensor([0.7, 1.3], device)
+    expected = ops.dac_steps(x, r, 2, 254)
+    for actual in (
+        ops.dac_steps(viewed(x, view), r, 2, 254),
+        ops.dac_steps(x, viewed(r[:, None], "strided")[:, 0], 2, 254),
+    ):
+        assert actual[0].is_contiguous()
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize("config", [DacConfig(1, 16), DacConfig(16, 32), DacConfig(8, 256)])
+def test_blocks_do_not_change_steps_and_flags(config, backend, device):
+    x, r = randn(21, 100, device=device), tensor([0.5, 1.0, 2.0], device)
+    results = [launch_dac_steps(x, r, 3, 254, config=c) for c in (None, config)]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_steps_of_an_empty_batch(backend, device):
+    steps, flags = ops.dac_steps(torch.empty(0, 9, device=device), tensor([1.0, 2.0], device), 2, 254)
+    assert steps.shape == (0, 9)
+    assert flags.shape == (2, 0, 2)
 
 
 # ---- Gradients ------------------------------------------------------------------------------------------------------

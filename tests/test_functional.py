@@ -470,12 +470,22 @@ def test_checkpointing_counts_a_batch_once_and_redraws_the_same_noise(reentrant)
 
 
 def test_two_forwards_before_one_backward():
-    """The range is updated in place by the second forward; the first one's backward keeps its own."""
+    """The second forward updates the range in place: what the first one's backward needs has to be a copy."""
     _, w, b, _, _ = tensors()
     r, count = torch.nn.Parameter(torch.full((3,), 3.0)), torch.zeros(3, dtype=torch.int64)
-    loss = sum(training_step(torch.randn(M, K), w, b, r, count, None) for _ in range(2))
-    loss.backward()
+
+    def two_forwards(take):
+        losses = []
+        for _ in range(2):
+            x = torch.randn(M, K)
+            update_input_range(x, r, count, max_input_size=EVERYTHING["max_input_size"])
+            losses.append(analog_linear(x, w, b, input_range=take(r), **EVERYTHING).square().mean())
+        return sum(losses)
+
+    two_forwards(torch.clone).backward()
     assert r.grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        two_forwards(lambda r: r).backward()
 
 
 def test_two_runs_give_the_same_bits(backend, device):

@@ -3,26 +3,38 @@
 import pytest
 import torch
 from helpers import (
+    MASKS,
     all_dtypes,
     all_views,
     assert_accurate,
     cut,
+    dac_steps,
+    masks_of,
     off_ties,
     packed,
+    padded_rows,
     product_formula,
     product_grad_formula,
     randn,
     range_grad_formula,
     seed_of,
     tensor,
+    unaligned_offsets,
     viewed,
 )
 
 from triton_analog import ops
+from triton_analog.launch import describable
 from triton_analog.ops.matmul_dgrad import MatmulDgradConfig, launch_matmul_dgrad
 
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 3), (33, 16, 127, 1), (17, 23, 258, 2), (1, 9, 40, 7), (19, 37, 257, 3)]
-CONFIGS = [MatmulDgradConfig(16, 16, 16), MatmulDgradConfig(64, 32, 32), MatmulDgradConfig(32, 64, 128)]
+CONFIGS = {
+    "small blocks": MatmulDgradConfig(16, 16, 16, DESCRIPTORS=False),
+    "wide blocks": MatmulDgradConfig(64, 32, 128, GROUP_M=1, DESCRIPTORS=False),
+    "two parts": MatmulDgradConfig(32, 64, 32, PARTS=2, DESCRIPTORS=False),
+    "four parts": MatmulDgradConfig(16, 128, 64, PARTS=4, DESCRIPTORS=False),
+    "descriptors": MatmulDgradConfig(32, 16, 32, GROUP_M=2, PARTS=2),
+}
 
 
 def operands(rows, columns, features, device, dtype=torch.float32):
@@ -150,14 +162,154 @@ def test_expanded_gradients(shape, backend, device):
     assert_gradients(ops.matmul_dgrad(grad, weight, x, r, 2), grad, weight, x, r, 2)
 
 
+def launched(grad, weight, x, r, slices, mask, config, **options):
+    options = {"decay": 0.0, "pct": 1.0, "fast": False, "clipped": None} | options
+    rule = (options.pop("decay"), options.pop("pct"), options.pop("fast"))
+    return launch_matmul_dgrad(
+        grad, weight, x, options.pop("clipped"), r, slices, mask, *rule, **options, config=config
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_any_blocks_are_right(config, backend, device):
-    grad, weight, x = operands(35, 45, 100, device)
-    flags, mask = random_mask(3, 35, 45, device)
+    """Slices of 8, 8 and 7 columns, then of 34, 33 and 33."""
+    for columns, features in ((45, 23), (130, 100)):
+        grad, weight, x = operands(35, columns, features, device)
+        if config.DESCRIPTORS:
+            grad, weight = padded_rows(grad), padded_rows(weight)
+            assert describable(grad, weight)
+            if features == 100 and not device.type == "cuda":
+                continue
+        flags, mask = random_mask(3, 35, columns, device)
+        r = make_range(3, device)
+        assert_gradients(launched(grad, weight, x, r, 3, mask, config), grad, weight, x, r, 3, flags)
+        assert_gradients(launched(grad, weight, x, None, 3, None, config), grad, weight, x, None, 1)
+
+
+AWKWARD = [(1, 1, 4, 4), (1, 127, 9, 3), (3, 129, 34, 2), (17, 128, 381, 3), (1, 17, 258, 2), (5, 33, 256, 3)]
+AWKWARD_FOR_DESCRIPTORS = [
+    (3, 127, 1, 1),
+    (1, 1, 3, 1),
+    (2, 129, 17, 1),
+    (3, 20, 129, 1),
+    (1, 20, 255, 2),
+    (17, 128, 47, 6),
+]
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize(
+    ("descriptors", "shape"),
+    [
+        *((False, shape) for shape in AWKWARD),
+        *((True, shape) for shape in AWKWARD_FOR_DESCRIPTORS),
+        *(pytest.param(True, shape, marks=unaligned_offsets) for shape in AWKWARD),
+    ],
+)
+def test_awkward_widths(shape, descriptors, backend, device):
+    """A block of the weight then reaches into the next slice, or beyond the last column, where NaN lies."""
+    rows, columns, features, slices = shape
+    grad, weight, x = operands(rows, columns, features, device)
+    grad, weight, x = (padded_rows(t) for t in (grad, weight, x))
+    assert describable(grad, weight)
+    flags, mask = random_mask(slices, rows, columns, device)
+    r = make_range(slices, device)
+    config = MatmulDgradConfig(16, 32, 64, PARTS=2, DESCRIPTORS=descriptors)
+    assert_gradients(launched(grad, weight, x, r, slices, mask, config), grad, weight, x, r, slices, flags)
+
+
+# ---- Masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saturated", MASKS.values(), ids=MASKS)
+def test_masks_with_few_bits(saturated, backend, device):
+    """Blocks without a bit are not looked at again; infinite gradients that saturated everywhere leave no trace."""
+    grad, weight, x = operands(40, 150, 37, device)
+    flags, everywhere = masks_of(saturated, device)
+    r, mask = make_range(2, device), packed(flags)
+    assert bool(mask.any()) is bool(saturated)
+    assert_gradients(ops.matmul_dgrad(grad, weight, x, r, 2, mask), grad, weight, x, r, 2, flags)
+    if backend == "kernel":
+        config = MatmulDgradConfig(16, 32, 32, DESCRIPTORS=False)
+        assert_gradients(launched(grad, weight, x, r, 2, mask, config), grad, weight, x, r, 2, flags)
+    infinite = grad.masked_fill(everywhere[0], torch.inf)
+    actual = ops.matmul_dgrad(infinite, weight, x, r, 2, packed(everywhere))
+    assert_gradients(actual, grad, weight, x, r, 2, everywhere)
+
+
+# ---- Steps in place of the input --------------------------------------------------------------------------------------
+
+RULES = {
+    "learned": {},
+    "decay": {"decay": 0.5, "input_min_percentage": 0.3},
+    "decay not reached": {"decay": 0.5, "input_min_percentage": 0.99},
+    "fast": {"fast_mode": True},
+}
+
+
+@all_dtypes
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("rows", "columns", "features", "slices"), [(19, 37, 100, 3), (1, 9, 40, 7)])
+def test_steps_and_flags_stand_for_the_input(rows, columns, features, slices, rule, dtype, backend, device):
+    """To the last bit: with inputs exactly at a range, of 0, NaN and infinite, and with a range of 0."""
+    grad, weight, x = operands(rows, columns, features, device, dtype)
+    x[0, :3] = x.new_tensor([torch.nan, torch.inf, -torch.inf])
+    r = make_range(slices, device)
+    r[-1] = 0
+    _, mask = random_mask(slices, rows, columns, device)
+    expected = ops.matmul_dgrad(grad, weight, x, r, slices, mask, **rule)
+    steps, clipped = ops.dac_steps(x, r, slices, 254)
+    actual = ops.matmul_dgrad(grad, weight, steps, r, slices, mask, clipped=clipped, **rule)
+    assert actual[0].dtype == dtype
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+    assert expected[0].isfinite().all()
+    assert (expected[1][:-1] != 0).any()
+
+
+def test_steps_need_no_flags_where_nothing_clips(backend, device):
+    grad, weight, x = operands(19, 37, 100, device)
+    steps, _ = ops.dac_steps(x, ops.absmax(x, 3), 3, 254)
+    dx, dr, _ = ops.matmul_dgrad(grad, weight, steps, None, 3)
+    assert torch.equal(dx, ops.matmul_dgrad(grad, weight, x, None, 3)[0])
+    assert dr.shape == (0,)
+
+
+@all_dtypes
+@pytest.mark.parametrize("res", [62, 1 / 254])
+def test_the_converter_s_integers_on_demand(res, dtype, backend, device):
+    grad, weight, x = operands(19, 37, 100, device, dtype)
     r = make_range(3, device)
-    actual = launch_matmul_dgrad(grad, weight, x, r, 3, mask, 0.0, 1.0, False, config)
-    assert_gradients(actual, grad, weight, x, r, 3, flags)
+    x = off_ties(randn(19, 100, device=device, dtype=dtype), r, 3, res)
+    expected = ops.matmul_dgrad(grad, weight, x, r, 3)
+    assert expected[2].shape == (0, 100)
+    actual = ops.matmul_dgrad(grad, weight, x, r, 3, inp_res=res, needs_steps=True)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+    assert actual[2].dtype == dtype
+    assert torch.equal(actual[2].double(), dac_steps(x, r, 3, res).round())
+    steps, clipped = ops.dac_steps(x, r, 3, res)
+    again = ops.matmul_dgrad(grad, weight, steps, r, 3, clipped=clipped, inp_res=res, needs_steps=True)
+    assert torch.equal(again[2], actual[2])
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_blocks_do_not_change_the_steps(config, backend, device):
+    grad, weight, x = operands(35, 45, 23, device)
+    r = make_range(3, device)
+    grad, weight = padded_rows(grad), padded_rows(weight)
+    steps, clipped = ops.dac_steps(x, r, 3, 254)
+    results = [
+        launched(grad, weight, source, r, 3, None, config, clipped=flags, inp_res=254, needs_steps=True)
+        for source, flags in ((x, None), (steps, clipped))
+    ]
+    assert all(torch.equal(from_x, from_steps) for from_x, from_steps in zip(*results, strict=True))
+    assert torch.equal(results[0][2], steps.float())
+
+
+# ---- Edges ------------------------------------------------------------------------------------------------------------
 
 
 def test_two_runs_give_the_same_bits(backend, device):
@@ -172,12 +324,12 @@ def test_an_infinite_gradient_does_not_leak_through_saturation(backend, device):
     grad[3, 5] = torch.inf
     flags = torch.zeros(2, 7, 23, dtype=torch.bool, device=device)
     flags[:, 3, 5] = True
-    dx, _ = ops.matmul_dgrad(grad, weight, x, None, 2, packed(flags))
+    dx, _, _ = ops.matmul_dgrad(grad, weight, x, None, 2, packed(flags))
     assert dx.isfinite().all()
 
 
 def test_an_empty_batch(backend, device):
     grad, weight, x = (torch.empty(*shape, device=device) for shape in ((0, 23), (23, 45), (0, 45)))
-    dx, dr = ops.matmul_dgrad(grad, torch.zeros_like(weight), x, make_range(2, device), 2)
+    dx, dr, _ = ops.matmul_dgrad(grad, torch.zeros_like(weight), x, make_range(2, device), 2)
     assert dx.shape == (0, 45)
     assert not dr.any()

@@ -4,26 +4,36 @@ import pytest
 import torch
 from helpers import (
     DTYPES,
+    MASKS,
     all_dtypes,
     all_views,
     assert_accurate,
     cut,
     dac_formula,
+    masks_of,
     off_ties,
     packed,
+    padded_rows,
     product_formula,
     product_grad_formula,
     randn,
     seed_of,
     tensor,
+    unaligned_offsets,
     viewed,
 )
 
 from triton_analog import ops
+from triton_analog.launch import describable
 from triton_analog.ops.matmul_wgrad import MatmulWgradConfig, launch_matmul_wgrad
 
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 3), (33, 16, 127, 1), (17, 23, 258, 2), (1, 9, 40, 7), (19, 37, 257, 3)]
-CONFIGS = [MatmulWgradConfig(16, 16, 16), MatmulWgradConfig(64, 32, 32), MatmulWgradConfig(32, 64, 128)]
+CONFIGS = {
+    "small blocks": MatmulWgradConfig(16, 16, 16, DESCRIPTORS=False),
+    "wide blocks": MatmulWgradConfig(64, 32, 128, GROUP_N=1, DESCRIPTORS=False),
+    "high blocks": MatmulWgradConfig(32, 128, 32, DESCRIPTORS=False),
+    "descriptors": MatmulWgradConfig(16, 32, 64, GROUP_N=2),
+}
 
 
 def make_range(kind, x, slices):
@@ -65,7 +75,8 @@ def assert_gradient(dw, grad, x, r, slices, res, flags=None):
 def test_gradient(rows, columns, features, slices, kind, res, masked, dtype, backend, device):
     grad, x, r = operands(rows, columns, features, slices, kind, res, device, dtype)
     flags, mask = random_mask(slices, rows, columns, device) if masked else (None, None)
-    dw = ops.matmul_wgrad(grad, x, r, slices, mask, inp_res=res)
+    dw, dbias = ops.matmul_wgrad(grad, x, r, slices, mask, inp_res=res)
+    assert dbias.shape == (0,)
     assert_gradient(dw, grad, x, r, slices, res, flags)
 
 
@@ -95,7 +106,7 @@ def test_backward_of_the_product(kind, dtype, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bfloat16", "float16"])
 def test_the_gradient_of_an_fp32_master_weight(dtype, backend, device):
     grad, x, r = operands(200, 9, 33, 1, "static", 254, device, dtype)
-    dw = ops.matmul_wgrad(grad, x, r, 1, inp_res=254, dtype=torch.float32)
+    dw, _ = ops.matmul_wgrad(grad, x, r, 1, inp_res=254, dtype=torch.float32)
     assert dw.dtype == torch.float32
     assert_gradient(dw, grad, x, r, 1, 254)
 
@@ -104,9 +115,10 @@ def test_the_gradient_of_an_fp32_master_weight(dtype, backend, device):
 def test_any_memory_layout(view, backend, device):
     grad, x, r = operands(7, 23, 45, 2, "static", 254, device)
     _, mask = random_mask(2, 7, 23, device)
-    expected = ops.matmul_wgrad(grad, x, r, 2, mask, inp_res=254)
+    options = {"inp_res": 254, "bias_dtype": torch.float32}
+    expected = ops.matmul_wgrad(grad, x, r, 2, mask, **options)
     strided = viewed(r[:, None], "strided")[:, 0]
-    actual = ops.matmul_wgrad(viewed(grad, view), viewed(x, view), strided, 2, mask, inp_res=254)
+    actual = ops.matmul_wgrad(viewed(grad, view), viewed(x, view), strided, 2, mask, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -114,31 +126,147 @@ def test_any_memory_layout(view, backend, device):
 def test_expanded_gradients(shape, backend, device):
     _, x, r = operands(7, 23, 45, 2, "static", 254, device)
     grad = randn(*shape, device=device).expand(7, 23)
-    assert_gradient(ops.matmul_wgrad(grad, x, r, 2, inp_res=254), grad, x, r, 2, 254)
+    dw, dbias = ops.matmul_wgrad(grad, x, r, 2, inp_res=254, bias_dtype=torch.float32)
+    assert_gradient(dw, grad, x, r, 2, 254)
+    assert_accurate(dbias, grad.double().sum(0), grad.sum(0))
+
+
+# ---- The bias ---------------------------------------------------------------------------------------------------------
+
+
+@all_dtypes
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 127), (33, 129), (300, 16)])
+def test_the_gradient_of_the_bias_is_the_sum_of_the_columns(rows, columns, dtype, backend, device):
+    """In fp32, whatever the dtypes of gradient and bias, and whatever saturated."""
+    grad, x, r = operands(rows, columns, 20, 2, "static", 254, device, dtype)
+    flags, mask = random_mask(2, rows, columns, device)
+    for bias_dtype in (dtype, torch.float32):
+        dw, dbias = ops.matmul_wgrad(grad, x, r, 2, mask, inp_res=254, bias_dtype=bias_dtype)
+        assert_accurate(dbias, grad.double().sum(0), grad.float().sum(0).to(bias_dtype))
+    assert_gradient(dw, grad, x, r, 2, 254, flags)
+
+
+@all_views
+def test_the_gradient_of_the_bias_in_any_memory_layout(view, backend, device):
+    grad, x, _ = operands(37, 45, 8, 1, "none", -1, device)
+    _, dbias = ops.matmul_wgrad(viewed(grad, view), x, None, 1, bias_dtype=torch.float32)
+    assert_accurate(dbias, grad.double().sum(0), grad.sum(0))
+
+
+# ---- Steps in place of the input --------------------------------------------------------------------------------------
+
+
+@all_dtypes
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize(("rows", "columns", "features", "slices"), [(19, 37, 100, 3), (1, 9, 40, 7)])
+def test_steps_stand_for_the_input(rows, columns, features, slices, kind, dtype, backend, device):
+    """To the last bit: those of ``dac_steps``, and those that ``matmul_dgrad`` leaves."""
+    grad, x, r = operands(rows, columns, features, slices, kind, 254, device, dtype)
+    if kind == "static":
+        r[-1] = 0
+    _, mask = random_mask(slices, rows, columns, device)
+    options = {"inp_res": 254, "bias_dtype": torch.float32}
+    expected = ops.matmul_wgrad(grad, x, r, slices, mask, **options)
+    steps, _ = ops.dac_steps(x, r, slices, 254)
+    sources = [steps]
+    if kind == "static":
+        weight = randn(columns, features, device=device, dtype=dtype)
+        sources.append(ops.matmul_dgrad(grad, weight, x, r, slices, mask, inp_res=254, needs_steps=True)[2])
+    for source in sources:
+        dw, dbias = ops.matmul_wgrad(grad, source, r, slices, mask, **options, converted=True)
+        assert torch.equal(dw, expected[0])
+        assert torch.equal(dbias, expected[1])
+    assert expected[0].any()
+
+
+# ---- Blocks and masks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_any_blocks_are_right(config, kind, backend, device):
-    grad, x, r = operands(35, 45, 100, 3, kind, 254, device)
-    flags, mask = random_mask(3, 35, 45, device)
-    dw = launch_matmul_wgrad(grad, x, r, 3, mask, 254, torch.float32, config)
-    assert_gradient(dw, grad, x, r, 3, 254, flags)
+    """Slices of 8, 8 and 7 columns."""
+    grad, x, r = operands(35, 145, 23, 3, kind, 254, device)
+    grad = padded_rows(grad)
+    steps = padded_rows(ops.dac_steps(x, r, 3, 254)[0].float())
+    assert describable(grad, steps)
+    flags, mask = random_mask(3, 35, 145, device)
+    options = {"inp_res": 254, "dtype": torch.float32, "bias_dtype": torch.float32, "config": config}
+    for source, converted in ((x, False), (steps, True)) if kind == "static" or not config.DESCRIPTORS else ():
+        dw, dbias = launch_matmul_wgrad(grad, source, r, 3, mask, **options, converted=converted)
+        assert_gradient(dw, grad, x, r, 3, 254, flags)
+        assert_accurate(dbias, grad.double().sum(0), grad.sum(0))
+
+
+AWKWARD = [(1, 1, 4, 4), (1, 127, 9, 3), (3, 129, 34, 2), (17, 128, 381, 3), (1, 17, 258, 2), (5, 33, 256, 3)]
+AWKWARD_FOR_DESCRIPTORS = [
+    (3, 127, 1, 1),
+    (1, 1, 3, 1),
+    (2, 129, 17, 1),
+    (3, 20, 129, 1),
+    (1, 20, 255, 2),
+    (17, 128, 47, 6),
+]
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize(
+    ("descriptors", "shape"),
+    [
+        *((False, shape) for shape in AWKWARD),
+        *((True, shape) for shape in AWKWARD_FOR_DESCRIPTORS),
+        *(pytest.param(True, shape, marks=unaligned_offsets) for shape in AWKWARD),
+    ],
+)
+def test_awkward_widths(shape, descriptors, backend, device):
+    """A block of the input then reaches into the next slice, or beyond the last column, where NaN lies."""
+    rows, columns, features, slices = shape
+    grad, x, r = operands(rows, columns, features, slices, "static", 254, device)
+    steps = padded_rows(ops.dac_steps(x, r, slices, 254)[0].float())
+    grad = padded_rows(grad)
+    assert describable(grad, steps)
+    flags, mask = random_mask(slices, rows, columns, device)
+    config = MatmulWgradConfig(16, 32, 64, DESCRIPTORS=descriptors)
+    dw, _ = launch_matmul_wgrad(grad, steps, r, slices, mask, 254, torch.float32, True, config=config)
+    assert_gradient(dw, grad, x, r, slices, 254, flags)
+
+
+@pytest.mark.parametrize("saturated", MASKS.values(), ids=MASKS)
+def test_masks_with_few_bits(saturated, backend, device):
+    """Blocks without a bit are not looked at again; infinite gradients that saturated everywhere leave no trace."""
+    grad, x, r = operands(40, 150, 37, 2, "static", 254, device)
+    flags, everywhere = masks_of(saturated, device)
+    options = {"inp_res": 254, "dtype": torch.float32}
+    assert_gradient(ops.matmul_wgrad(grad, x, r, 2, packed(flags), **options)[0], grad, x, r, 2, 254, flags)
+    if backend == "kernel":
+        config = MatmulWgradConfig(16, 32, 32, DESCRIPTORS=False)
+        dw, _ = launch_matmul_wgrad(grad, x, r, 2, packed(flags), **options, config=config)
+        assert_gradient(dw, grad, x, r, 2, 254, flags)
+    infinite = grad.masked_fill(everywhere[0], torch.inf)
+    dw, _ = ops.matmul_wgrad(infinite, x, r, 2, packed(everywhere), **options)
+    assert_gradient(dw, grad, x, r, 2, 254, everywhere)
+
+
+# ---- Edges ------------------------------------------------------------------------------------------------------------
 
 
 def test_two_runs_give_the_same_bits(backend, device):
     grad, x, r = operands(150, 23, 45, 2, "static", 254, device)
-    first, second = (ops.matmul_wgrad(grad, x, r, 2, inp_res=254) for _ in range(2))
-    assert torch.equal(first, second)
+    options = {"inp_res": 254, "bias_dtype": torch.float32}
+    first, second = (ops.matmul_wgrad(grad, x, r, 2, **options) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
 
 
 def test_a_zero_range_has_no_gradient(backend, device):
     grad, x, _ = operands(7, 23, 45, 2, "none", -1, device)
     for res in (-1, 254):
-        assert not ops.matmul_wgrad(grad, x, tensor([0.0, 0.0], device), 2, inp_res=res).any()
+        assert not ops.matmul_wgrad(grad, x, tensor([0.0, 0.0], device), 2, inp_res=res)[0].any()
 
 
 def test_an_empty_batch_has_no_gradient(backend, device):
-    dw = ops.matmul_wgrad(torch.empty(0, 23, device=device), torch.empty(0, 45, device=device), None, 2)
+    grad, x = torch.empty(0, 23, device=device), torch.empty(0, 45, device=device)
+    dw, dbias = ops.matmul_wgrad(grad, x, None, 2, bias_dtype=torch.float32)
     assert torch.equal(dw, torch.zeros(23, 45, device=device))
+    assert torch.equal(dbias, torch.zeros(23, device=device))

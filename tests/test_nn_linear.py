@@ -19,12 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from triton_analog import reference
 from triton_analog.config import (
     ConfigError,
+    SavedInput,
     TorchInferenceRPUConfig,
     WeightClipType,
     WeightNoiseInjectionType,
     WeightQuantizationType,
 )
-from triton_analog.nn import AnalogLinear, AnalogSequential
+from triton_analog.nn import AnalogLinear, AnalogSequential, range_startup
 
 
 def ideal() -> TorchInferenceRPUConfig:
@@ -107,6 +108,24 @@ def test_an_invalid_config_fails_at_construction() -> None:
 def test_a_layer_of_nothing_is_an_error(sizes: tuple[int, int], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: got 0"):
         AnalogLinear(*sizes, rpu_config=ideal())
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_an_input_kept_as_int8_gives_the_same_gradients(dynamic: bool) -> None:
+    config = everything()
+    config.pre_post.input_range.dynamic = dynamic
+    full = AnalogLinear(40, 8, rpu_config=config)
+    config.forward.save_input = SavedInput.INT8
+    int8 = AnalogLinear(40, 8, rpu_config=config)
+    int8.load_state_dict({**full.state_dict(), "_extra_state": int8.get_extra_state()})
+    x, gradients = torch.randn(6, 40) * 2, []
+    for layer in (full, int8):
+        torch.manual_seed(0)
+        inputs = x.clone().requires_grad_()
+        layer(inputs).square().sum().backward()
+        gradients.append([inputs.grad, *(parameter.grad for parameter in layer.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_layers_do_not_share_their_config() -> None:
@@ -299,6 +318,84 @@ def test_activation_checkpointing_counts_a_batch_once(reentrant: bool) -> None:
     assert torch.equal(layer.input_range, twin.input_range)
     for own, other in zip(layer.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad)
+
+
+def learned_batches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The inputs of all coming updates of a range, and so a count of their launches."""
+    inputs: list[Tensor] = []
+    update = range_startup.update_input_range
+    monkeypatch.setattr(
+        range_startup, "update_input_range", lambda x, *args, **kwargs: (inputs.append(x), update(x, *args, **kwargs))
+    )
+    return inputs
+
+
+@pytest.mark.parametrize("checkpointed", [None, False, True], ids=["plain", "checkpoint", "reentrant checkpoint"])
+def test_two_forwards_in_the_start_up_before_one_backward(checkpointed: bool | None) -> None:
+    layer = AnalogLinear(40, 8, rpu_config=tiled(ranged(init_from_data=3, decay=0.0)))
+    x = (torch.randn(4, 5, 40) * torch.tensor([1.0, 4.0, 2.0, 3.0])[:, None, None]).requires_grad_()
+    ranges, outputs = [], []
+    for part in x:
+        run = layer if checkpointed is None else lambda x: checkpoint(layer, x, use_reentrant=checkpointed)
+        outputs.append(run(part))
+        ranges.append(layer.input_range.detach().repeat_interleave(torch.tensor(layer.get_split_sizes())))
+    torch.stack(outputs).sum().backward()
+    assert layer.input_range_update_idx.tolist() == [3, 3, 3]
+    if checkpointed is not None:  # recomputed with the range as it is by then
+        ranges = ranges[-1:] * 4
+    inside = x.detach().abs() <= torch.stack(ranges)[:, None]
+    torch.testing.assert_close(x.grad, inside * layer.weight.detach().sum(0))
+    assert layer.input_range.grad.isfinite().all()
+
+
+def test_a_start_up_launches_nothing_once_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = AnalogLinear(40, 8, rpu_config=tiled(ranged(init_from_data=3)))
+    inputs = learned_batches(monkeypatch)
+    layer(torch.randn(0, 40))  # an empty batch does not count
+    for repeat in range(6):
+        checkpoint(layer, torch.randn(5, 40), use_reentrant=False).sum().backward()
+        assert layer._forwards_seen == min(repeat + 1, 3)
+    assert len(inputs) == 1 + 3
+    layer.rpu_config.pre_post.input_range.init_from_data = 5  # goes on where it stopped
+    for _ in range(4):
+        layer(torch.randn(5, 40))
+    assert len(inputs) == 1 + 5
+    assert layer.input_range_update_idx.tolist() == [5, 5, 5]
+    layer.reset_analog_state()
+    layer(torch.randn(5, 40))
+    assert layer.input_range_update_idx.tolist() == [1, 1, 1]
+
+
+def test_a_slice_without_deviation_does_not_keep_the_start_up_going(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = AnalogLinear(40, 8, rpu_config=tiled(ranged(init_from_data=2)))
+    inputs, x = learned_batches(monkeypatch), torch.randn(5, 40)
+    first = x.clone()
+    first[:, :14] = 0
+    for batch in (first, x, x):
+        layer(batch)
+    assert len(inputs) == 2
+    assert layer.input_range_update_idx.tolist() == [1, 2, 2]
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_loaded_start_up_goes_on_where_its_slowest_slice_was(assign: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = AnalogLinear(40, 8, rpu_config=tiled(ranged(init_from_data=5))).state_dict()
+    state["input_range_update_idx"] = torch.tensor([5, 3, 4])
+    layer = AnalogLinear(40, 8, device="meta" if assign else None, rpu_config=tiled(ranged(init_from_data=5)))
+    layer.load_state_dict(state, assign=assign)
+    for copied in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        inputs = learned_batches(monkeypatch)
+        for _ in range(4):
+            copied(torch.randn(5, 40))
+        assert len(inputs) == 2
+        assert copied.input_range_update_idx.tolist() == [5, 5, 5]
+
+
+def test_a_state_dict_without_a_counter_leaves_the_count_alone() -> None:
+    layer = AnalogLinear(40, 8, rpu_config=tiled(ranged(init_from_data=2)))
+    layer(torch.randn(5, 40))
+    layer.load_state_dict(nn.Linear(40, 8).state_dict(), strict=False)
+    assert layer._forwards_seen == 1
 
 
 def _rank(rank: int, store: str, results: str) -> None:

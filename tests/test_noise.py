@@ -1,6 +1,7 @@
 """SEMANTICS 9: one counter-based normal field, a function of seed, stream, plane, row and column."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -64,7 +65,8 @@ KNOWN_ANSWERS = [  # Random123's kat_vectors: counter word, key word, output
 def test_philox_gives_the_published_answers(word, key, answer):
     assert philox((word,) * 4, (key,) * 2) == answer
     counter = [np.array([word], dtype=np.uint64)] * 4
-    assert tuple(int(w[0]) for w in reference_philox(key << 32 | key, *counter)) == answer
+    (w0, w2), (w1, w3) = reference_philox(key << 32 | key, *counter)
+    assert tuple(int(w[0]) for w in (w0, w1, w2, w3)) == answer
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -107,6 +109,12 @@ def test_a_larger_field_contains_the_smaller(shape, backend, device):
 def test_blocks_do_not_change_the_field(config, backend, device):
     fields = [launch_noise(seed_of(7, device), 37, 45, stream=5, plane=2, config=c) for c in (None, config)]
     assert torch.equal(*fields)
+
+
+def test_chunks_do_not_change_the_reference(monkeypatch):
+    field = reference.noise(seed_of(7), 61, 75)
+    monkeypatch.setattr(sys.modules[reference.noise.__module__], "_COUNTERS_PER_CHUNK", 100)
+    assert torch.equal(reference.noise(seed_of(7), 61, 75), field)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])

@@ -31,6 +31,7 @@ def samples():
         ("absmax", (x, SLICES)),
         ("moments", (x, SLICES, None)),
         ("moments", (x.T, SLICES, torch.tensor([True, False, True]))),
+        ("std", (x, SLICES)),
         ("extrema", (x, SLICES)),
         ("dac", (leaf(ROWS, FEATURES), leaf(SLICES), SLICES, 254.0, 0.1, 0.5, False)),
         ("dac", (leaf(ROWS, FEATURES), dynamic, SLICES, -1.0, 0.0, 0.95, False)),
@@ -38,10 +39,13 @@ def samples():
         ("adc", (leaf(ROWS, COLUMNS), dynamic[0], 0.1, wmax[0], 0.0, None, -1.0, seed, 0)),
         ("input_range_grad", (x, x, r, SLICES, 0.1, 0.5, False)),
         ("input_range_update", (r.clone(), count.clone(), r * 0, torch.rand(SLICES, 3) * 50, 10, 3.0)),
+        ("input_range_learn", (x, r.clone(), count.clone(), r * 0, SLICES, 10, 3.0)),
+        ("input_range_learn", (x, r.clone(), count.clone(), None, SLICES, 10, 3.0)),
         ("input_range_update_fast", (r.clone(), count.clone(), r * -1, r * 2, torch.randn(2, SLICES), 10, 0.9)),
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "per_tensor", 30.0, "per_channel", 0.1, seed, torch.float32)),
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "none", 0.0, "none", 0.0, None, torch.bfloat16)),
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, learned, "per_channel", 30.0, "none", 0.0, None, torch.float32)),
+        ("weight", (weight, SLICES, None, "per_channel", 30.0, "none", 0.0, None, torch.int8)),
         ("weight_grad", (weight, weight * 2, clip, SLICES, "per_channel", 30.0)),
         ("matmul", (*linear, None, None, SLICES, *off)),
         ("matmul", (*linear, leaf(COLUMNS), leaf(SLICES), SLICES, 254.0, 0.1, wmax, 1.0, wmax, 254.0, seed)),
@@ -79,7 +83,7 @@ def test_shapes_may_be_symbols(backend):
     def step(x, weight, r, wmax):
         converted = ops.dac(x, r, SLICES, 254)
         y, mask = ops.matmul(converted, weight, None, r, SLICES, out_bound=1.0, bound_wmax=wmax)
-        dx, _ = ops.matmul_dgrad(y, weight, x, r, SLICES, mask)
+        dx, _, _ = ops.matmul_dgrad(y, weight, x, r, SLICES, mask)
         return dx + ops.absmax(x, SLICES).sum() + ops.std(x, SLICES).sum() + ops.extrema(x, SLICES).sum()
 
     traced = make_fx(step, tracing_mode="symbolic")(torch.randn(ROWS, FEATURES), weight, r, wmax)

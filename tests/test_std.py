@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers import all_dtypes, all_views, assert_accurate, cut, randn, tensor, viewed
+from triton.backends.compiler import GPUTarget
 
-from triton_analog import ops, reference
-from triton_analog.ops.std import StdConfig, launch_moments
+from triton_analog import launch, ops, reference
+from triton_analog.ops.std import MAX_PROGRAMS, StdConfig, launch_moments, launch_parts
 
 SHAPES = [(2, 1, 1), (1, 17, 5), (3, 129, 1), (5, 257, 3), (67, 131, 2), (130, 40, 7)]
 
@@ -46,6 +47,18 @@ def test_one_element_has_no_deviation(shape, backend, device):
     assert torch.equal(ops.std(x, shape[1]), torch.zeros(shape[1], device=device))
 
 
+@all_dtypes
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e4])
+@pytest.mark.parametrize(("rows", "features", "slices"), SHAPES)
+def test_a_constant_slice_has_no_deviation(rows, features, slices, value, dtype, backend, device):
+    x = tensor([[value]], device, dtype).expand(rows, features)
+    count, mean, m2 = ops.moments(x, slices).unbind(1)
+    assert count.tolist() == [part.numel() for part in cut(x, slices)]
+    assert torch.equal(mean, x[0, :1].float().expand(slices))
+    assert not m2.any()
+    assert not ops.std(x, slices).any()
+
+
 @pytest.mark.parametrize("mean", [1e4, -1e4])
 def test_a_small_deviation_around_a_large_mean(mean, backend, device):
     """A mean kept in fp32 would be off by up to half a unit of 1e4, 5 % of the deviation."""
@@ -65,10 +78,31 @@ def test_inf_and_nan_stay_in_their_slice(value, backend, device):
 def test_two_runs_give_the_same_bits(backend, device):
     x = randn(600, 33, device=device)
     assert torch.equal(ops.moments(x, 2), ops.moments(x, 2))
+    assert torch.equal(ops.std(x, 2), reference.std_of(ops.moments(x, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "features", "slices"),
+    [(2**20, 4096, 8), (8192, 2**16, 1), (2, 2**24, 1), (1, 2**20, 7), (2**24, 3, 3), (2**16, 2**12, 2**12)],
+)
+def test_the_work_is_spread_over_enough_programs_and_not_too_many(rows, features, slices, dtype):
+    x = torch.empty(rows, features, dtype=dtype, device="meta")
+    with launch.recording(lambda *launched: None, GPUTarget("cuda", 90, 32)):
+        parts = launch_parts(x, slices, None)
+    programs = parts.shape[0] * parts.shape[2]
+    assert MAX_PROGRAMS / 4 <= programs <= max(2 * MAX_PROGRAMS, slices)
+
+
+def test_few_long_rows(backend, device):
+    x = randn(2, 5000, device=device, dtype=torch.bfloat16)
+    assert_accurate(ops.std(x, 2), formula(x.double(), 2), formula(x.float(), 2))
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-@pytest.mark.parametrize("config", [StdConfig(1, 16, 1), StdConfig(16, 32, 48), StdConfig(64, 128, 1024)])
+@pytest.mark.parametrize(
+    "config", [StdConfig(1, 1, 16), StdConfig(4, 8, 16, 1, 2), StdConfig(2, 4, 32, 3), StdConfig(8, 8, 128, 2, 2)]
+)
 def test_any_blocks_are_right(config, backend, device):
     x = randn(61, 100, device=device) + 3
     out = reference.std_of(launch_moments(x, 3, None, config))
@@ -84,6 +118,14 @@ def test_slices_that_are_not_active_are_not_read(active, backend, device):
             part.fill_(torch.nan)
             row.zero_()
     assert torch.equal(ops.moments(x, 3, tensor(active, device, torch.bool)), expected)
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+def test_a_counter_below_its_limit_opens_a_slice(backend, device):
+    x, count = randn(9, 31, device=device), torch.tensor([4, 5, 6], device=device)
+    parts = launch_parts(x, 3, count, limit=5)
+    assert parts[:, 0].sum(1).tolist() == [9 * 11, 0, 0]
+    assert not parts[1:].any()
 
 
 def test_merged_moments_are_those_of_the_union(backend, device):

@@ -17,8 +17,9 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
 
-from triton_analog import ops, reference
+from triton_analog import launch, ops, reference
 from triton_analog.ops.weight import WeightConfig, launch_weight, launch_weight_grad
 
 SHAPES = [(1, 1, 1), (3, 17, 17), (17, 257, 3), (33, 40, 7)]
@@ -169,6 +170,95 @@ def test_nan_stays_in_its_channel(backend, device):
     assert out[1, 10:].isfinite().all()
 
 
+@pytest.mark.parametrize("quantization", ["per_tensor", "per_channel"])
+def test_nan_takes_what_its_scale_covers(quantization, backend, device):
+    weight = randn(4, 20, device=device)
+    weight[1, 3] = torch.nan
+    out, wmax = ops.weight(weight, 2, quantization=quantization, res=30)
+    assert wmax.isnan().tolist() == [[False, True, False, False], [False] * 4]
+    assert out[:, :10].isnan().all(1).tolist() == [quantization == "per_tensor" or n == 1 for n in range(4)]
+    assert out[:, 10:].isfinite().all()
+
+
+# ---- Integers -------------------------------------------------------------------------------------------------------
+
+
+@all_dtypes
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize(("quantization", "res"), [("per_channel", 254), ("per_tensor", 254), ("per_channel", 1 / 5)])
+@pytest.mark.parametrize(("rows", "features", "slices"), [*SHAPES, (3, 96, 2)])
+def test_integers_are_the_steps_of_the_quantized_weight(
+    rows, features, slices, quantization, res, clipped, dtype, backend, device
+):
+    weight = randn(rows, features, device=device, dtype=dtype)
+    clip = randn(slices, rows, device=device) if clipped and quantization == "per_channel" else None
+    options = {"clip": clip, "quantization": quantization, "res": res}
+    steps, wmax = ops.weight(weight, slices, dtype=torch.int8, **options)
+    quantized, expected_wmax = ops.weight(weight, slices, dtype=torch.float32, **options)
+    assert steps.dtype == torch.int8
+    assert steps.is_contiguous()
+    assert torch.equal(wmax, expected_wmax)
+    half = num_steps(res) / 2
+    for s, (part, whole) in enumerate(zip(cut(steps, slices), cut(quantized, slices), strict=True)):
+        assert part.abs().max() <= round(half)
+        assert torch.equal(part.float() * (scale(wmax, s, quantization) / half), whole)
+
+
+def test_integers_of_a_zero_channel_are_zero(backend, device):
+    steps, _ = ops.weight(torch.zeros(3, 20, device=device), 2, quantization="per_channel", res=254, dtype=torch.int8)
+    assert not steps.any()
+
+
+def test_integers_have_no_gradient(backend, device):
+    weight, clip = randn(4, 20, device=device).requires_grad_(), randn(2, 4, device=device).requires_grad_()
+    steps, wmax = ops.weight(weight, 2, clip=clip, quantization="per_channel", res=254, dtype=torch.int8)
+    assert not steps.requires_grad
+    assert not wmax.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({}, "quantization 'none', 0 states and noise_type 'none'"),
+        ({"quantization": "per_channel", "res": 255}, "quantization 'per_channel', 255 states and noise_type 'none'"),
+        (
+            {"quantization": "per_tensor", "res": 30, "noise_type": "per_tensor", "std_dev": 0.1},
+            "quantization 'per_tensor', 30 states and noise_type 'per_tensor'",
+        ),
+    ],
+)
+def test_int8_needs_a_fine_enough_quantization_without_noise(options, given):
+    message = (
+        f"dtype: got torch.int8 with {given}; allowed for int8 is a quantization to at most 254 states without noise"
+    )
+    with pytest.raises(ValueError, match=message):
+        ops.weight(torch.ones(3, 4), 2, seed=seed_of(1), dtype=torch.int8, **options)
+    with pytest.raises(TypeError, match=r"dtype: got torch.int16; allowed are .* int8"):
+        ops.weight(torch.ones(3, 4), 2, dtype=torch.int16)
+
+
+# ---- Launches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantization", "noise_type", "clipped", "launches"),
+    [
+        ("none", "none", False, ["weight_kernel"]),
+        ("per_channel", "per_channel", False, ["weight_kernel"]),
+        ("per_channel", "per_channel", True, ["weight_kernel"]),
+        ("per_tensor", "none", False, ["absmax_kernel", "weight_kernel"]),
+        ("per_channel", "per_tensor", False, ["absmax_kernel", "weight_kernel"]),
+        ("per_channel", "per_tensor", True, ["absmax_kernel", "weight_kernel"]),
+    ],
+)
+def test_scales_per_channel_need_one_launch_and_others_two(quantization, noise_type, clipped, launches):
+    weight, clip = torch.empty(64, 100, device="meta"), torch.empty(3, 64, device="meta") if clipped else None
+    started = []
+    with launch.recording(lambda kernel, *_: started.append(kernel.__name__), GPUTarget("cuda", 90, 32)):
+        launch_weight(weight, 3, clip, quantization, 30, noise_type, 0.1, seed_of(1, "meta"), torch.float32)
+    assert started == launches
+
+
 # ---- Noise ----------------------------------------------------------------------------------------------------------
 
 
@@ -203,11 +293,15 @@ def test_the_seed_decides_the_weight(backend, device):
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize("kinds", [("per_channel", "per_tensor"), ("per_channel", "per_channel"), ("none", "none")])
+@pytest.mark.parametrize("slices", [2, 3])
 @pytest.mark.parametrize("config", [WeightConfig(1, 16), WeightConfig(16, 32), WeightConfig(64, 128)])
-def test_blocks_do_not_change_the_weight(config, backend, device):
-    arguments = (randn(21, 100, device=device), 3, None, "per_channel", 30, "per_tensor", 0.1, seed_of(6, device))
-    results = [launch_weight(*arguments, torch.float32, c)[0] for c in (None, config)]
-    assert torch.equal(*results)
+def test_blocks_do_not_change_the_weight(config, slices, kinds, backend, device):
+    quantization, noise_type = kinds
+    arguments = (randn(21, 96, device=device), slices, None, quantization, 30, noise_type, 0.1, seed_of(6, device))
+    expected, given = (launch_weight(*arguments, torch.float32, c) for c in (None, config))
+    assert torch.equal(given[0], expected[0])
+    assert torch.equal(given[1], expected[1])
 
 
 @all_dtypes
@@ -280,6 +374,14 @@ def test_a_weight_at_the_clip_passes(backend, device):
     dw, dc = ops.weight_grad(tensor([[1.0, 1.0]], device), tensor([[0.5, -0.5]], device), tensor([[0.5]], device), 1)
     assert dw.tolist() == [[1, 1]]
     assert dc.tolist() == [[0]]
+
+
+def test_a_nan_gradient_stays_in_its_slice_and_channel(backend, device):
+    weight, grad, clip = (randn(*shape, device=device) for shape in ((4, 45), (4, 45), (3, 4)))
+    grad[1, 15] = torch.nan
+    dw, dc = ops.weight_grad(grad, weight, clip.abs() + 9, 3, quantization="per_channel", res=30)
+    assert dw.isnan().nonzero().tolist() == [[1, 15]]
+    assert dc.isnan().nonzero().tolist() == [[1, 1]]
 
 
 @all_views

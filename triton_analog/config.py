@@ -30,6 +30,15 @@ class WeightNoiseInjectionType(Enum):
     """Gaussian, scaled by the largest weight of each output channel in the slice."""
 
 
+class WeightNoiseRefresh(Enum):
+    """How long weight noise lasts."""
+
+    FORWARD = "Forward"
+    """New noise in each training forward."""
+    STEP = "Step"
+    """New noise after each optimizer step: all micro-batches of a gradient accumulation see the same noisy weight."""
+
+
 class WeightQuantizationType(Enum):
     """Rounding of the weights to a grid, in training and evaluation."""
 
@@ -54,6 +63,16 @@ class WeightClipType(Enum):
     """In the forward, a learned limit per slice and output channel."""
 
 
+class SavedInput(Enum):
+    """What a training forward keeps of its input for the backward."""
+
+    FULL = "Full"
+    """The input itself: not a copy, so that layers with the same input, and what made it, keep it only once."""
+    INT8 = "Int8"
+    """The DAC's integers and two flags per element, five eighths of the bytes of bf16, for one more read of the input; the
+    gradients are the same. Needs ``inp_res`` of 2 to 254 steps."""
+
+
 @dataclass(slots=True)
 class IOParameters:
     """The analog matrix product: converters at its input (DAC) and output (ADC), and the noise at its output.
@@ -72,6 +91,8 @@ class IOParameters:
     """Largest output, in units of input range times largest weight. ``<= 0`` is off."""
     out_res: float = -1.0
     """Resolution of the ADC; needs ``out_bound > 0``."""
+    save_input: SavedInput = SavedInput.FULL
+    """What the backward keeps of the input."""
 
 
 @dataclass(slots=True)
@@ -96,6 +117,8 @@ class WeightModifierParameter:
     """The kind of noise."""
     quantization_type: WeightQuantizationType = WeightQuantizationType.NONE
     """The kind of quantization; needs ``res``."""
+    refresh: WeightNoiseRefresh = WeightNoiseRefresh.FORWARD
+    """How long the noise lasts."""
 
 
 @dataclass(slots=True)
@@ -272,6 +295,13 @@ def _check_forward(io: IOParameters, has_range: bool) -> None:
         "forward.out_res",
         io.out_res,
         f"the ADC's grid spans its bound, but forward.out_bound is {io.out_bound!r}; set it > 0, or forward.out_res = -1",
+    )
+    _require(
+        io.save_input is SavedInput.FULL or (io.inp_res > 0 and max(io.inp_res, 1 / io.inp_res) <= 254),
+        "forward.save_input",
+        io.save_input,
+        "it keeps the DAC's integers, so that forward.inp_res must be 2 to 254 steps (or the inverse), but it is "
+        f"{io.inp_res!r}; set it to 2**8 - 2, or forward.save_input = SavedInput.FULL",
     )
 
 

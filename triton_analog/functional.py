@@ -13,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triton_analog import ops
+from triton_analog.launch import runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.reference import merge_moments, num_slices
+from triton_analog.reference.grid import half_steps
 
 Kind = Literal["none", "per_tensor", "per_channel"]
+SaveInput = Literal["full", "int8"]
 
 
 class _Settings(NamedTuple):
@@ -37,6 +40,8 @@ class _Settings(NamedTuple):
     range_decay: float
     input_min_percentage: float
     fast_mode: bool
+    save_input: SaveInput
+    needs_grad: bool
 
     @property
     def scales_outputs(self) -> bool:
@@ -44,7 +49,21 @@ class _Settings(NamedTuple):
 
     @property
     def changes_weight(self) -> bool:
-        return self.weight_quantization != "none" or (self.weight_noise != "none" and self.weight_noise_std > 0)
+        return self.weight_quantization != "none" or self.disturbs_weight
+
+    @property
+    def disturbs_weight(self) -> bool:
+        return self.weight_noise != "none" and self.weight_noise_std > 0
+
+    @property
+    def is_integer_product(self) -> bool:
+        """Inputs and weights are steps of grids that int8 holds."""
+        return (
+            self.weight_quantization != "none"
+            and not self.disturbs_weight
+            and 0 < half_steps(self.weight_res) <= 127
+            and 0 < half_steps(self.inp_res) <= 127
+        )
 
 
 def _modified_weight(
@@ -76,60 +95,98 @@ class _AnalogLinear(torch.autograd.Function):
         input_range: Tensor | None,
         clip: Tensor | None,
         seed: Tensor | None,
+        weight_seed: Tensor | None,
+        tile_weight: Tensor | None,
+        tile_wmax: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        tile_weight, wmax = _modified_weight(weight, clip, seed, x.dtype, settings)
-        noise_wmax = bound_wmax = None
-        if settings.scales_outputs:
-            wmax = ops.absmax(weight, settings.slices) if wmax is None else wmax
-            wmax_slice = wmax.amax(1, keepdim=True)
-            noise_wmax = wmax if settings.out_noise_per_channel else wmax_slice
-            bound_wmax = wmax if settings.out_bound_per_channel else wmax_slice
-        if settings.dynamic_range:
-            r: Tensor | None = ops.absmax(x, settings.slices)
-        else:  # a copy: the next forward may update the range in place before this one's backward
-            r = None if input_range is None else input_range.clone()
+        weight_seed = seed if weight_seed is None else weight_seed
+        int8 = settings.is_integer_product and not settings.needs_grad and runs_kernel(x) and tile_weight is None
+        if tile_weight is None:
+            w, wmax = _modified_weight(weight, clip, weight_seed, torch.int8 if int8 else x.dtype, settings)
+        else:
+            w, wmax = tile_weight, tile_wmax
+        if wmax is None and settings.scales_outputs:
+            wmax = ops.absmax(weight, settings.slices)
+
+        def scale(per_channel: bool) -> Tensor | None:
+            return wmax if per_channel or wmax is None else wmax.amax(1, keepdim=True)
+
+        r = ops.absmax(x, settings.slices) if settings.dynamic_range else input_range
         y, mask = ops.matmul(
             x,
-            tile_weight,
+            w,
             bias,
             r,
             settings.slices,
             inp_res=settings.inp_res,
             out_noise=settings.out_noise,
-            noise_wmax=noise_wmax,
+            noise_wmax=scale(settings.out_noise_per_channel) if settings.out_noise > 0 else None,
             out_bound=settings.out_bound,
-            bound_wmax=bound_wmax,
+            bound_wmax=scale(settings.out_bound_per_channel) if settings.out_bound > 0 else None,
             out_res=settings.out_res,
             seed=seed,
+            weight_wmax=scale(settings.weight_quantization == "per_channel") if int8 else None,
+            weight_res=settings.weight_res,
+            needs_mask=settings.needs_grad,
         )
         ctx.settings = settings
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight, r, clip, seed, mask if settings.out_bound > 0 else None)
+        clipped = None
+        if settings.save_input == "int8" and settings.needs_grad:
+            assert r is not None
+            x, clipped = ops.dac_steps(x, r, settings.slices, settings.inp_res)
+        ctx.save_for_backward(
+            x, clipped, weight, r, clip, weight_seed, tile_weight, mask if settings.out_bound > 0 else None
+        )
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, r, clip, seed, mask = ctx.saved_tensors
+        x, clipped, weight, r, clip, weight_seed, tile_weight, mask = ctx.saved_tensors
         settings: _Settings = ctx.settings
-        needs_x, needs_weight, needs_bias, needs_range, needs_clip, _, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, needs_range, needs_clip = ctx.needs_input_grad[:5]
         dx = dw = dbias = drange = dclip = None
+        static = r is not None and not settings.dynamic_range
+        converted = x.dtype == torch.int8
+        if settings.slices == 1 and mask is not None:  # masked once, the gradient serves both products; the bias takes all
+            if needs_bias:
+                dbias, needs_bias = grad.sum(0, dtype=check.wide_dtype(grad)).to(ctx.bias_dtype), False
+            grad, mask = ops.adc_grad(grad, mask[0]), None
         if needs_x or needs_range:
-            tile_weight, _ = _modified_weight(weight, clip, seed, x.dtype, settings)
-            dx, drange = ops.matmul_dgrad(
+            if tile_weight is None:
+                tile_weight, _ = _modified_weight(weight, clip, weight_seed, grad.dtype, settings)
+            needs_steps = static and settings.inp_res > 0 and (needs_weight or needs_clip)
+            dx, drange, steps = ops.matmul_dgrad(
                 grad,
                 tile_weight,
                 x,
-                None if settings.dynamic_range else r,
+                r if static else None,
                 settings.slices,
                 mask,
+                clipped=clipped,
                 decay=settings.range_decay,
                 input_min_percentage=settings.input_min_percentage,
                 fast_mode=settings.fast_mode,
+                inp_res=settings.inp_res,
+                needs_steps=needs_steps,
             )
-            drange = drange.to(r.dtype) if needs_range else None
-        if needs_weight or needs_clip:
-            dw = ops.matmul_wgrad(grad, x, r, settings.slices, mask, inp_res=settings.inp_res, dtype=weight.dtype)
+            drange = drange if needs_range else None
+            if needs_steps:
+                x, converted = steps, True
+        if needs_weight or needs_clip or needs_bias:
+            dw, summed = ops.matmul_wgrad(
+                grad,
+                x,
+                r,
+                settings.slices,
+                mask,
+                inp_res=settings.inp_res,
+                dtype=weight.dtype,
+                converted=converted,
+                bias_dtype=ctx.bias_dtype if needs_bias else None,
+            )
+            dbias = summed if needs_bias else dbias
             if clip is not None:
                 dw, dclip = ops.weight_grad(
                     dw,
@@ -140,9 +197,50 @@ class _AnalogLinear(torch.autograd.Function):
                     res=settings.weight_res,
                 )
                 dclip = dclip.to(clip.dtype)
-        if needs_bias:
-            dbias = grad.sum(0, dtype=check.wide_dtype(grad)).to(ctx.bias_dtype)
-        return dx, dw, dbias, drange, dclip, None, None
+        return dx if needs_x else None, dw if needs_weight else None, dbias, drange, dclip, *(None,) * 5
+
+
+def modified_weight(
+    weight: Tensor,
+    *,
+    max_input_size: int = -1,
+    weight_clip: Tensor | None = None,
+    weight_quantization: Kind = "none",
+    weight_res: float = 0.0,
+    weight_noise: Kind = "none",
+    weight_noise_std: float = 0.0,
+    seed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weight as the tiles hold it, ``[N, K]`` in ``dtype``, and its scale ``wmax [S, N]``; for ``tile_weight``.
+
+    Several calls of :func:`analog_linear` can share it, one per micro-batch of a step: the noise is then drawn once, and no
+    call makes a pass over the weight; it costs the memory of one more weight. Gradients reach ``weight`` (and the clip)
+    through :func:`analog_linear`, not from here.
+
+    Args:
+        weight, max_input_size, weight_clip, weight_quantization, weight_res, weight_noise, weight_noise_std: As in
+            :func:`analog_linear`, with ``training=True``.
+        seed: int64 ``[1]``; None draws one.
+        dtype: That of the inputs it will meet; default that of ``weight``.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
+    """
+    if seed is None and weight_noise != "none" and weight_noise_std > 0:
+        seed = draw_seed(weight.device)
+    with torch.no_grad():
+        return ops.weight(
+            weight,
+            num_slices(weight.shape[1], max_input_size),
+            clip=weight_clip,
+            quantization=weight_quantization,
+            res=weight_res,
+            noise_type=weight_noise,
+            std_dev=weight_noise_std,
+            seed=seed,
+            dtype=dtype,
+        )
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
@@ -151,6 +249,11 @@ def draw_seed(device: torch.device | str) -> Tensor:
     ``torch.manual_seed``, CUDA graphs and activation checkpointing govern it as they do dropout.
     """
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def input_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which :func:`analog_linear` takes ``x``: its own, except under autocast."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -205,6 +308,9 @@ def analog_linear(
     fast_mode: bool = False,
     training: bool = True,
     seed: Tensor | None = None,
+    weight_seed: Tensor | None = None,
+    tile_weight: tuple[Tensor, Tensor | None] | None = None,
+    save_input: SaveInput = "full",
 ) -> Tensor:
     """``torch.nn.functional.linear`` on analog tiles (SEMANTICS 3 to 6).
 
@@ -234,6 +340,11 @@ def analog_linear(
         fast_mode: Give ``input_range`` the plain gradient of a clamp instead of the learned-range rule.
         training: Noise is drawn only in training; converters, bounds and quantization stay on.
         seed: int64 ``[1]`` on the device of ``x``; None draws one (:func:`draw_seed`). The same seed gives the same noise.
+        weight_seed: Seed of the weight noise alone, to keep one noise over several calls; default ``seed``.
+        tile_weight: What :func:`modified_weight` gave for the same weight and settings, to use it in several calls.
+        save_input: What the backward keeps of ``x``: ``"full"`` is ``x`` itself (no copy), ``"int8"`` the converter's integers
+            and two flags per element, five eighths of the bytes of bf16 for one more read of ``x``; gradients are the same. It
+            needs ``inp_res`` of at most 254 steps.
 
     Returns:
         ``[..., N]`` in the dtype of ``x`` (under autocast: of autocast). NaN in a row of ``x`` gives NaN in that row; NaN in
@@ -245,8 +356,7 @@ def analog_linear(
     """
     check_input(x, weight)
     check.tensors(bias=bias, input_range=input_range, weight_clip=weight_clip, seed=seed)
-    if _autocasts(x):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(input_dtype(x))
     check.require(
         not (dynamic_input_range and input_range is not None),
         lambda: (
@@ -270,6 +380,12 @@ def analog_linear(
                 f"{name}: got {value} without an input range, which scales it; pass input_range or "
                 "dynamic_input_range=True"
             )
+    check.require(
+        save_input in ("full", "int8"), lambda: f"save_input: got {save_input!r}; allowed are 'full' and 'int8'"
+    )
+    if save_input == "int8":
+        check.int8_steps("inp_res", inp_res)
+    differentiable = (x, weight, bias, input_range, weight_clip)
     settings = _Settings(
         slices=slices,
         dynamic_range=dynamic_input_range,
@@ -286,10 +402,16 @@ def analog_linear(
         range_decay=range_decay,
         input_min_percentage=input_min_percentage,
         fast_mode=fast_mode,
+        save_input=save_input,
+        needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable),
     )
-    if seed is None and (settings.out_noise > 0 or (settings.weight_noise != "none" and weight_noise_std > 0)):
+    draws_weight = settings.disturbs_weight and weight_seed is None and tile_weight is None
+    if seed is None and (settings.out_noise > 0 or draws_weight):
         seed = draw_seed(x.device)
-    y = _AnalogLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, input_range, weight_clip, seed, settings)
+    y = _AnalogLinear.apply(
+        x.reshape(-1, x.shape[-1]), weight, bias, input_range, weight_clip, seed, weight_seed, *(tile_weight or (None, None)),
+        settings,
+    )  # fmt: skip
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -317,7 +439,8 @@ def update_input_range(
 ) -> None:
     """Learn ``input_range`` from the first ``init_from_data`` batches of data, in place (SEMANTICS 7).
 
-    Call it in training before the range is used. All conditions stay on the device, and nothing is read once every slice's
+    Call it in training before the range is used. Where several forwards come before one backward, give each of them a
+    ``input_range.clone()``, as the next update changes the range that the last one's backward needs. All conditions stay on the device, and nothing is read once every slice's
     start-up is over. A forward recomputed in the backward (activation checkpointing) changes nothing.
 
     Args:
@@ -356,13 +479,23 @@ def update_input_range(
             ops.input_range_update_fast(
                 input_range, count, x_min, x_max, extrema, init_from_data=init_from_data, momentum=act_range_momentum
             )
+        elif process_group is None:
+            if not empty:
+                ops.input_range_learn(
+                    x,
+                    input_range,
+                    count,
+                    residual,
+                    slices,
+                    init_from_data=init_from_data,
+                    init_std_alpha=init_std_alpha,
+                )
         else:
             if empty:
                 moments = x.new_zeros(slices, 3, dtype=check.wide_dtype(x))
             else:
                 moments = ops.moments(x, slices, count < init_from_data)
-            if process_group is not None:
-                moments = merge_moments(_gather(moments, process_group))
+            moments = merge_moments(_gather(moments, process_group))
             residual = torch.zeros_like(input_range) if residual is None else residual
             ops.input_range_update(
                 input_range, count, residual, moments, init_from_data=init_from_data, init_std_alpha=init_std_alpha

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 Backend = Literal["kernel", "reference"]
@@ -67,17 +68,32 @@ def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
 
 
 _recorder: Callable[..., None] | None = None
+_target: GPUTarget | None = None
 
 
 @contextmanager
-def recording(record: Callable[..., None]) -> Iterator[None]:
-    """Hand every launch to ``record(kernel, args, options)`` instead of starting it; for compilation without a device."""
-    global _recorder
-    previous, _recorder = _recorder, record
+def recording(record: Callable[..., None], target: GPUTarget) -> Iterator[None]:
+    """Hand every launch to ``record(kernel, args, options)`` instead of starting it, configured as for ``target``.
+
+    For compilation without a device.
+    """
+    global _recorder, _target
+    previous = _recorder, _target
+    _recorder, _target = record, target
     try:
         yield
     finally:
-        _recorder = previous
+        _recorder, _target = previous
+
+
+def nvidia_capability(device: torch.device) -> int:
+    """Compute capability of an NVIDIA GPU, such as 90; 0 for everything else."""
+    if _target is not None:
+        return int(_target.arch) if _target.backend == "cuda" else 0
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
@@ -87,6 +103,18 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     else:
         with _device_guard(device):
             kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+def describable(*matrices: Tensor) -> bool:
+    """Whether tensor descriptors can address these matrices: rows of contiguous elements, 16-byte aligned."""
+    return all(
+        x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in matrices
+    )
+
+
+def slices_describable(x: Tensor, slices: int) -> bool:
+    """Whether every slice of the columns starts at a multiple of 16 bytes, as a load through a descriptor has to."""
+    return slices == 1 or (x.shape[1] % slices == 0 and x.shape[1] // slices * x.element_size() % 16 == 0)
 
 
 def input_precision() -> str:

@@ -1,4 +1,4 @@
-"""Optimizers that clip analog weights after each step."""
+"""Optimizers that clip analog weights, and draw new weight noise, after each step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class AnalogOptimizer(Optimizer):
     """``AnalogOptimizer(SGD, model.analog_layers, model.parameters(), lr=0.1)``: an ``SGD`` that clips analog weights.
 
     The result is an instance of the given optimizer class. After each of its steps, ``clip_weights()`` of every analog
-    layer runs; a weight that layers share is clipped once for equal clips. Closures, schedulers, gradient scalers and state
-    dicts work as with the given class; a copy or pickle takes the model along.
+    layer runs; a weight that layers share is clipped once for equal clips. Then ``redraw_weight_noise()`` of every layer
+    draws the noise of the next step where ``modifier.refresh`` makes it last. Closures, schedulers, gradient scalers and
+    state dicts work as with the given class; a copy or pickle takes the model along.
 
     Args:
         optimizer_class: A subclass of ``torch.optim.Optimizer``.
@@ -42,10 +43,10 @@ class AnalogOptimizer(Optimizer):
     def __init__(self, optimizer_class: type[Optimizer], /, analog_layers: Any, *args: Any, **kwargs: Any) -> None:
         self._analog_layers = _check_layers(analog_layers)
         super().__init__(*args, **kwargs)
-        self._clip_after_steps()
+        self._watch_steps()
 
-    def _clip_after_steps(self) -> None:
-        self.register_step_post_hook(_clip_weights)
+    def _watch_steps(self) -> None:
+        self.register_step_post_hook(_after_step)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_analog_layers": self._analog_layers}
@@ -53,15 +54,18 @@ class AnalogOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_analog_layers" in state:  # a copy or pickle; load_state_dict also comes here, with less
-            self._clip_after_steps()
+            self._watch_steps()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._wrapped,), self.__getstate__()
 
 
-def _clip_weights(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    layers = optimizer._analog_layers  # type: ignore[attr-defined]
-    clip_each_weight(layers() if callable(layers) else layers)
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    given = optimizer._analog_layers  # type: ignore[attr-defined]
+    layers = list(given() if callable(given) else given)
+    clip_each_weight(layers)
+    for layer in layers:
+        layer.redraw_weight_noise()
 
 
 def _check_class(optimizer_class: Any) -> type[Optimizer]:

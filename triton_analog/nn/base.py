@@ -37,6 +37,12 @@ class AnalogLayerBase(nn.Module):
         """Clamp the stored weights as the config's Gaussian clip says. An optimizer calls it after each step."""
         raise NotImplementedError(f"{type(self).__name__} must define clip_weights")
 
+    def redraw_weight_noise(self) -> None:
+        """Draw new noise for weights whose noise lasts for a whole step. An optimizer calls it after each step.
+
+        Layers without such noise leave it as it is here: there is nothing to do.
+        """
+
     def quantize_weights(self) -> None:
         """Replace the stored weights by their clipped and quantized values, for good."""
         raise NotImplementedError(f"{type(self).__name__} must define quantize_weights")

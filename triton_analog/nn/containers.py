@@ -22,6 +22,11 @@ class AnalogContainerBase(AnalogLayerBase):
         """Call ``clip_weights`` of every analog layer; a weight that layers share is clipped once for equal clips."""
         clip_each_weight(self.analog_layers())
 
+    def redraw_weight_noise(self) -> None:
+        """Call ``redraw_weight_noise`` of every analog layer: new noise where the config makes it last for a step."""
+        for layer in self.analog_layers():
+            layer.redraw_weight_noise()
+
     def quantize_weights(self) -> None:
         """Call ``quantize_weights`` of every analog layer.
 

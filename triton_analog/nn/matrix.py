@@ -8,44 +8,32 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from triton_analog import ops
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig, WeightClipType, WeightQuantizationType
-from triton_analog.functional import analog_linear, check_input, update_input_range
-from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.functional import analog_linear, check_input
+from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
     QUANTIZATION,
     check_config,
+    constant,
     decode,
     encode,
     is_static,
+    keeps_noise,
     learns_clip,
     settings,
 )
-from triton_analog.ops.input_range import recomputing
+from triton_analog.nn.weight_noise import WeightNoise
 from triton_analog.reference import num_slices, split_sizes
 
 CHANGES_WITHOUT_CLIP = 100
 """So many changes of a weight, without the clip that its config asks for, are worth a warning."""
 
 
-class _Ranks:
-    """Holds the process group of a layer, which copies of the layer share and pickles leave behind."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: Any) -> _Ranks:
-        return self
-
-    def __reduce__(self) -> Any:
-        return _Ranks, (None if self.group is None else "world",)
-
-
-class AnalogMatrixLayer(AnalogLayerBase):
+class AnalogMatrixLayer(RangeStartup, WeightNoise):
     """A layer around one analog product with ``weight``, seen as a matrix ``[N, K]``.
 
     A subclass also derives from the torch layer that it stands for, calls :meth:`init_analog` once that has created
@@ -56,7 +44,8 @@ class AnalogMatrixLayer(AnalogLayerBase):
     - ``learnable_weight_clip [S, N]``: the learned clip (a parameter; its magnitude counts),
     - ``input_range_update_idx [S]``, ``x_min [S]``, ``x_max [S]``: batches seen by the start-up of the ranges, and
       the running extreme values of its fast mode (buffers),
-    - ``input_range_residual [S]``: what the dtype of the ranges rounded off in the start-up (a buffer that is not saved).
+    - ``input_range_residual [S]``: what the dtype of the ranges rounded off in the start-up (a buffer that is not saved),
+    - ``weight_noise_seed [1]``: the seed of weight noise that lasts for a step (neither buffer nor saved).
 
     ``tile_shape`` is ``(N, K)``, also while a sharding library keeps the weight in another shape. ``rpu_config`` is this
     layer's own copy. Numbers in it may be changed at any time (a compiled layer is then compiled anew);
@@ -69,7 +58,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked"),
-            *("_weight_version", "_changes_without_clip"),
+            *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
     """What an instance holds beyond its torch layer, and leaves behind when it becomes digital."""
@@ -84,10 +73,8 @@ class AnalogMatrixLayer(AnalogLayerBase):
     input_range_residual: Tensor | None
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
-    _forwards_seen: int | None
     _checked: TorchInferenceRPUConfig | None
 
-    _process_group = _Ranks("world")
     _weight_version = 0
     _changes_without_clip = 0
 
@@ -127,14 +114,10 @@ class AnalogMatrixLayer(AnalogLayerBase):
 
     @torch.no_grad()
     def reset_analog_state(self) -> None:
-        """Ranges at their initial value with the start-up still to come; a learned clip at the largest weights."""
-        if self.input_range is not None:
-            self.input_range.fill_(self.rpu_config.pre_post.input_range.init_value)
-            for buffer in (self.input_range_update_idx, self.x_min, self.x_max, self.input_range_residual):
-                assert buffer is not None
-                buffer.zero_()
-        self._forwards_seen = None
+        """Ranges at their initial value with the start-up still to come; a learned clip at the largest weights; new noise."""
+        self._restart_range()
         self.reset_weight_clip()
+        self.redraw_weight_noise()
 
     @torch.no_grad()
     def reset_weight_clip(self) -> None:
@@ -149,6 +132,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
         if not is_static(self.rpu_config):
             self.input_range = self.input_range_update_idx = self.x_min = self.x_max = self.input_range_residual = None
         elif self.input_range is None:
+            self._forwards_seen = 0
             start = torch.full((self.slices,), range_.init_value, **like)
             self.input_range = nn.Parameter(start, requires_grad=range_.learn_input_range)
             # An integer: a counter in half precision stops growing at 256.
@@ -159,7 +143,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
         elif self.learnable_weight_clip is None:
             self.learnable_weight_clip = nn.Parameter(torch.empty(self.slices, self.tile_shape[0], **like))
             self.reset_weight_clip()
-        self._forwards_seen = None
+        self._fit_weight_noise(self.weight.device)
         self._checked = None
 
     # ---- Configuration ------------------------------------------------------------------------------------------------
@@ -177,29 +161,6 @@ class AnalogMatrixLayer(AnalogLayerBase):
     def get_split_sizes(self) -> list[int]:
         """Width of every slice."""
         return split_sizes(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
-
-    @property
-    def process_group(self) -> Any:
-        """Ranks that share the statistics of the input range's start-up: ``"world"`` (the default) is every rank once
-        ``torch.distributed`` is initialised, None is this rank alone, or a process group.
-
-        Set it where not every rank runs the layer in every step (pipelines, experts): the ranks of the group wait for
-        each other. Copies of the layer share the group; a pickle returns to ``"world"``.
-
-        Raises:
-            ValueError: set to something else.
-        """
-        return self._process_group.group
-
-    @process_group.setter
-    def process_group(self, group: Any) -> None:
-        named = group is None or (isinstance(group, str) and group == "world")
-        if not named and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-            raise ValueError(
-                f"process_group: got {group!r}; allowed are 'world' (every rank), None (this rank alone), and a process "
-                "group that this rank is in, such as torch.distributed.new_group(ranks)"
-            )
-        self._process_group = _Ranks(group)
 
     def reconfigure(self, rpu_config: TorchInferenceRPUConfig) -> None:
         """Change to a copy of ``rpu_config``, adding and removing parameters as it needs; the others keep their values.
@@ -228,6 +189,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
         for path, parameter, shape in (
             ("pre_post.input_range", self.input_range, (S,) if is_static(self.rpu_config) else None),
             ("clip.type", self.learnable_weight_clip, (S, N) if learns_clip(self.rpu_config) else None),
+            ("modifier.refresh", self.weight_noise_seed, (1,) if keeps_noise(self.rpu_config) else None),
         ):
             own = None if parameter is None else tuple(parameter.shape)
             if own != shape:
@@ -240,7 +202,7 @@ class AnalogMatrixLayer(AnalogLayerBase):
         """The config as keyword arguments of ``analog_linear``, checked again whenever it has changed."""
         if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
             self._check_state()
-            return {name: _constant(value) for name, value in settings(self.rpu_config).items()}
+            return {name: constant(value) for name, value in settings(self.rpu_config).items()}
         if self.rpu_config != self._checked:
             self.rpu_config.validate()
             self._check_state()
@@ -252,71 +214,33 @@ class AnalogMatrixLayer(AnalogLayerBase):
     def analog_matmul(self, x: Tensor) -> Tensor:
         """``x [..., K]`` times the analog matrix, plus the bias: ``[..., N]``.
 
-        In training, a stored input range first learns from ``x`` while its start-up lasts. A refused call changes nothing.
+        In training, a stored input range first learns from ``x`` while its start-up lasts (see :class:`RangeStartup`), and
+        weight noise may be that of other forwards (:class:`WeightNoise`). A refused call changes nothing.
         """
         keywords = self._settings()
         matrix = self.matrix
-        if self.training and self.input_range is not None:
-            check_input(x, matrix)  # analog_linear would refuse it only after the update
-            self._update_input_range(x)
+        input_range: Tensor | None = self.input_range
+        starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(keywords)
+        if starts_up or noise_lasts:
+            check_input(x, matrix)  # analog_linear would refuse it only after the layer has changed
+        if starts_up:
+            self._learn_range(x)
+            assert input_range is not None
+            # The next forward changes the range in place, and the backward of this one may still be to come.
+            input_range = input_range.clone()
+        if noise_lasts:
+            keywords |= self._lasting_noise(x, matrix, keywords)
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
         return analog_linear(
             x,
             matrix,
             self.bias,
-            input_range=self.input_range,
+            input_range=input_range,
             weight_clip=self.learnable_weight_clip,
             training=self.training,
             **keywords,
         )
-
-    def _update_input_range(self, x: Tensor) -> None:
-        range_ = self.rpu_config.pre_post.input_range
-        group = self._statistics_group()
-        if range_.init_from_data <= 0 or (group is not None and self._startup_is_over(range_.init_from_data)):
-            return
-        assert self.input_range is not None
-        assert self.input_range_update_idx is not None
-        update_input_range(
-            x,
-            self.input_range,
-            self.input_range_update_idx,
-            max_input_size=_constant(self.rpu_config.mapping.max_input_size),
-            init_from_data=_constant(range_.init_from_data),
-            init_std_alpha=_constant(range_.init_std_alpha),
-            fast_mode=range_.fast_mode,
-            x_min=self.x_min,
-            x_max=self.x_max,
-            act_range_momentum=_constant(range_.act_range_momentum),
-            residual=self.input_range_residual,
-            process_group=group,
-        )
-
-    def _statistics_group(self) -> Any:
-        """The ranks to share statistics with, or None."""
-        if not isinstance(self.process_group, str):
-            return self.process_group
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return dist.group.WORLD
-        return None
-
-    def _startup_is_over(self, init_from_data: int) -> bool:
-        """Whether enough training forwards were seen, counted on the host so that ranks stop waiting for each other.
-
-        The device's counter is read once, in the first forward after construction or a restart. A compiled forward must
-        not change Python state, so it goes on asking the device. A forward recomputed in the backward neither counts nor
-        communicates.
-        """
-        if torch.compiler.is_compiling():
-            return False
-        if recomputing():
-            return True
-        if self._forwards_seen is None:
-            assert self.input_range_update_idx is not None
-            self._forwards_seen = int(self.input_range_update_idx.min())
-        self._forwards_seen += 1
-        return self._forwards_seen > init_from_data
 
     def _watch_for_the_clip(self) -> None:
         """Warn once if the weight goes on changing but is never clipped: then some other optimizer takes the steps.
@@ -461,43 +385,24 @@ class AnalogMatrixLayer(AnalogLayerBase):
             except ConfigError as error:
                 error_msgs.append(f"{prefix}_extra_state: {error}")
                 return
-        counter = state_dict.get(prefix + "input_range_update_idx")
-        if counter is not None and counter.is_floating_point():
-            # AIHWKIT-Lightning's files: -inf there is a calibrated range, whose start-up is over.
-            over = self.rpu_config.pre_post.input_range.init_from_data
-            state_dict[prefix + "input_range_update_idx"] = torch.where(counter.isfinite(), counter, over).long()
+        self._convert_counter(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if prefix + "_extra_state" in missing_keys:  # a file of torch's layer, or of AIHWKIT-Lightning's
             missing_keys.remove(prefix + "_extra_state")
-        self._forwards_seen = None
+        if prefix + "input_range_update_idx" in state_dict:
+            self._continue_loaded_range()
         self._reset_residual()
+        weight = self._parameters.get("weight")
+        if weight is not None:
+            self._fit_weight_noise(weight.device)
         if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
             self.reset_weight_clip()
-
-    @torch.no_grad()
-    def _reset_residual(self) -> None:
-        """No rounding is left from before; anew where loading gave the range another device or dtype (``assign=True``)."""
-        range_, residual = self.input_range, self.input_range_residual
-        if range_ is None or residual is None:
-            return
-        if (residual.device, residual.dtype) == (range_.device, range_.dtype):
-            residual.zero_()
-        else:
-            self.input_range_residual = torch.zeros_like(range_)
 
     def extra_repr(self) -> str:
         changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
         return ", ".join([super().extra_repr(), f"slices={self.get_split_sizes()}", *changes])
-
-
-def _constant(value: Any) -> Any:
-    """``value`` itself. A compiler that takes numbers of a changed config for variables makes a constant of it: it must
-    know the value to put it into a set.
-    """
-    (known,) = {value}
-    return known
 
 
 def _stored_weight(module: nn.Module) -> Tensor:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from triton_analog.config import (
     ConfigError,
+    SavedInput,
     TorchInferenceRPUConfig,
     WeightClipType,
     WeightNoiseInjectionType,
+    WeightNoiseRefresh,
     WeightQuantizationType,
 )
 
@@ -29,6 +31,7 @@ _NOISE = {
     WeightNoiseInjectionType.ADD_NORMAL: "per_tensor",
     WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL: "per_channel",
 }
+_SAVED_INPUT = {SavedInput.FULL: "full", SavedInput.INT8: "int8"}
 GAUSSIAN_CLIP = (WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL)
 _PER_CHANNEL_CLIP = (WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, WeightClipType.LEARNABLE_PER_CHANNEL)
 
@@ -67,7 +70,16 @@ def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:
         "range_decay": range_.decay,
         "input_min_percentage": range_.input_min_percentage,
         "fast_mode": range_.fast_mode,
+        "save_input": _SAVED_INPUT[io.save_input],
     }
+
+
+def constant(value: Any) -> Any:
+    """``value`` itself. A compiler that takes numbers of a changed config for variables makes a constant of it: it must
+    know the value to put it into a set.
+    """
+    (known,) = {value}
+    return known
 
 
 def is_static(config: TorchInferenceRPUConfig) -> bool:
@@ -77,6 +89,11 @@ def is_static(config: TorchInferenceRPUConfig) -> bool:
 
 def learns_clip(config: TorchInferenceRPUConfig) -> bool:
     return config.clip.type is WeightClipType.LEARNABLE_PER_CHANNEL
+
+
+def keeps_noise(config: TorchInferenceRPUConfig) -> bool:
+    """Whether weight noise, if there is any, outlasts a forward."""
+    return config.modifier.refresh is WeightNoiseRefresh.STEP
 
 
 def encode(config: TorchInferenceRPUConfig) -> Tensor:

@@ -1,9 +1,15 @@
 """The operations: Triton kernels usable on their own, each a ``torch.library`` operator with a reference beside it."""
 
 from triton_analog.ops.absmax import absmax
-from triton_analog.ops.adc import adc
-from triton_analog.ops.dac import dac
-from triton_analog.ops.input_range import extrema, input_range_grad, input_range_update, input_range_update_fast
+from triton_analog.ops.adc import adc, adc_grad
+from triton_analog.ops.dac import dac, dac_steps
+from triton_analog.ops.input_range import (
+    extrema,
+    input_range_grad,
+    input_range_learn,
+    input_range_update,
+    input_range_update_fast,
+)
 from triton_analog.ops.matmul import matmul
 from triton_analog.ops.matmul_dgrad import matmul_dgrad
 from triton_analog.ops.matmul_wgrad import matmul_wgrad
@@ -14,9 +20,12 @@ from triton_analog.ops.weight import weight, weight_grad
 __all__ = [
     "absmax",
     "adc",
+    "adc_grad",
     "dac",
+    "dac_steps",
     "extrema",
     "input_range_grad",
+    "input_range_learn",
     "input_range_update",
     "input_range_update_fast",
     "matmul",

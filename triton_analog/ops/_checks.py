@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import MAX_STEPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -46,9 +47,10 @@ def batch(name: str, x: Tensor) -> None:
     require(x.ndim >= 1, lambda: f"{name}: a single number was given; an input of shape [..., K] is needed")
 
 
-def matrix(name: str, x: Tensor, columns: int | None = None) -> None:
-    """``x`` is a floating-point matrix (with ``columns`` columns)."""
-    floating(name, x)
+def matrix(name: str, x: Tensor, columns: int | None = None, integers: bool = False) -> None:
+    """``x`` is a floating-point matrix (with ``columns`` columns), or an int8 one if ``integers`` are allowed."""
+    if not (integers and isinstance(x, Tensor) and x.dtype == torch.int8):
+        floating(name, x)
     require(
         x.ndim == 2,
         lambda: f"{name}: got shape {shape_of(x)}; a matrix is needed, flatten leading dimensions with reshape",
@@ -219,15 +221,42 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def product(x: Tensor, weight: Tensor, slices: int, input_range: Tensor | None) -> None:
-    """Operands of a matrix product ``x [M, K] @ weight [N, K]^T``."""
-    matrix("x", x)
-    matrix("weight", weight, columns=x.shape[1])
+def product_operands(x: Tensor, weight: Tensor, slices: int) -> None:
+    """Operands of a matrix product ``x [M, K] @ weight [N, K]^T``; either may be int8."""
+    matrix("x", x, integers=True)
+    matrix("weight", weight, columns=x.shape[1], integers=True)
     slice_count(x.shape[1], slices)
-    range_kind(input_range, slices, x.shape[0])
-    together("x", x, input_range=input_range)
     together("x", x, weight=weight)
-    same_dtype("x", x, weight=weight)
+
+
+def int8_weight(weight: Tensor, weight_wmax: Tensor | None, weight_res: float, slices: int, inp_res: float) -> None:
+    """An int8 ``weight`` holds steps of a known size and meets int8 inputs."""
+    require(weight_wmax is not None, lambda: "weight_wmax: missing, but an int8 weight is in steps of weight_wmax / Q")
+    wmax_shape("weight_wmax", weight_wmax, slices, weight.shape[0])
+    int8_steps("weight_res", weight_res)
+    int8_steps("inp_res", inp_res)
+
+
+def int8_steps(name: str, res: float) -> None:
+    """A resolution whose numbers of steps fit int8."""
+    resolution(name, res)
+    require(
+        0 < res and max(res, 1 / res) <= 254,
+        lambda: f"{name}: got {res}; int8 holds at most 254 steps, so 2 to 254 or the inverse of that are allowed",
+    )
+
+
+def clip_bits(x: Tensor, clipped: Tensor | None) -> None:
+    """The flags that :func:`triton_analog.ops.dac_steps` keeps beside an int8 input."""
+    if x.dtype != torch.int8:
+        return
+    expected = (2, x.shape[0], -(-x.shape[1] // 8))
+    require(
+        clipped is not None and clipped.dtype == torch.uint8 and shape_of(clipped) == expected,
+        lambda: f"clipped: got {None if clipped is None else shape_of(clipped)}; an int8 x with a range needs the uint8 flags "
+        f"{expected} of dac_steps",
+    )
+    together("x", x, clipped=clipped)
 
 
 def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tensor | None) -> None:
@@ -236,16 +265,18 @@ def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tenso
     rows = x.shape[0]
     require(grad.shape[0] == rows, lambda: f"grad: got shape {shape_of(grad)}; {rows} rows are needed, as x has")
     together("x", x, grad=grad)
-    same_dtype("x", x, grad=grad)
+    if x.dtype != torch.int8:
+        same_dtype("x", x, grad=grad)
     if mask is not None:
-        expected = (slices, rows, -(-columns // 8))
-        require(
-            mask.dtype == torch.uint8 and shape_of(mask) == expected and mask.is_contiguous(),
-            lambda: (
-                f"mask: got {mask.dtype} of shape {shape_of(mask)}; a contiguous uint8 tensor of shape {expected} is needed"
-            ),
-        )
+        saturation_mask(mask, mask_shape(slices, rows, columns))
         together("x", x, mask=mask)
+
+
+def saturation_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    require(
+        mask.dtype == torch.int32 and shape_of(mask) == shape and mask.is_contiguous(),
+        lambda: f"mask: got {mask.dtype} of shape {shape_of(mask)}; a contiguous int32 tensor of shape {shape} is needed",
+    )
 
 
 def input_converter(inp_res: float, input_range: Tensor | None, x: Tensor) -> None:

@@ -13,9 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_analog import reference
-from triton_analog.lang import slice_bounds
 from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
+from triton_analog.ops._columns import column_masks, load_tile, slice_span
+
+MAX_PROGRAMS = 1024
+"""Where their maxima are wanted too: enough to fill a GPU."""
 
 
 @dataclass(frozen=True)
@@ -25,38 +28,83 @@ class AbsmaxConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, width: int) -> AbsmaxConfig:
-    return AbsmaxConfig(BLOCK_N=block(rows, 16), BLOCK_K=block(width, 128))
+def default_config(rows: int, width: int, features: int) -> AbsmaxConfig:
+    """A tile of 8192 numbers: each of 128 threads then waits for eight 16-byte loads of bf16 at once.
+
+    Rows that are no multiple of 16 numbers are loaded one number at a time, with an address for each: 2048 then.
+    """
+    numbers = 8192 if features % 16 == 0 else 2048
+    block_k = block(width, 1024)
+    return AbsmaxConfig(BLOCK_N=block(rows, numbers // block_k, smallest=1), BLOCK_K=block_k)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """The bits of ``|x|`` in fp32: integers in the order of the magnitudes, NaN largest, so that a maximum keeps it."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def largest_magnitude(x, inside):
+    """:func:`magnitude_bits` of the largest number in every row of ``x [N, K]``, of the columns ``inside [K]``."""
+    return tl.max(tl.where(inside[None, :], magnitude_bits(x), 0), axis=1)
+
+
+@triton.jit
+def absmax_of_rows(
+    x_ptr, n, N, origin, start, end, K, stride_n, stride_k,
+    ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """:func:`magnitude_bits` of the largest number of each row ``n`` in the columns ``start .. end``; 0 past row ``N``."""
+    largest = tl.zeros((BLOCK_N,), tl.int32)
+    for first in range(origin, end, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        loaded, inside = column_masks(k, start, end, K, ALIGNED)
+        x = load_tile(x_ptr, n, k, stride_n, stride_k, N, loaded)
+        largest = tl.maximum(largest, largest_magnitude(x, inside))
+    return largest
 
 
 @triton.jit(do_not_specialize=["N"])
 def absmax_kernel(
-    x_ptr, out_ptr, N, K, S, stride_n, stride_k, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    s = tl.program_id(1)
-    start, width = slice_bounds(s, K, S, ALIGNED)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    largest = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for first in range(0, width, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        address = n[:, None] * stride_n + (start + k)[None, :].to(tl.int64) * stride_k
-        x = tl.load(x_ptr + address, mask=(n < N)[:, None] & (k < width)[None, :], other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    # A reduction drops NaN, so it is carried beside it.
-    is_nan = tl.max((largest != largest).to(tl.int32), axis=1) > 0
-    out = tl.where(is_nan, float("nan"), tl.max(tl.where(largest != largest, 0.0, largest), axis=1))
-    tl.store(out_ptr + s.to(tl.int64) * N + n, out, mask=n < N)
+    x_ptr, out_ptr, maxima_ptr, N, K, S, stride_n, stride_k,
+    ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``out [S, N]``; and, if asked for, the largest of the rows that each of the ``P`` programs of a slice took, ``[S, P]``."""
+    s = tl.program_id(0) % S
+    part, P = tl.program_id(0) // S, tl.num_programs(0) // S
+    origin, start, end = slice_span(s, K, S, ALIGNED)
+    largest = tl.zeros((BLOCK_N,), tl.int32)
+    for tile in range(part, tl.cdiv(N, BLOCK_N), P):
+        n = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        bits = absmax_of_rows(x_ptr, n, N, origin, start, end, K, stride_n, stride_k, ALIGNED, BLOCK_N, BLOCK_K)
+        tl.store(out_ptr + s.to(tl.int64) * N + n, bits.to(tl.float32, bitcast=True), mask=n < N)
+        largest = tl.maximum(largest, bits)
+    if maxima_ptr is not None:
+        tl.store(maxima_ptr + s * P + part, tl.max(largest).to(tl.float32, bitcast=True))
+
+
+def _launch(x: Tensor, slices: int, programs: int, maxima: Tensor | None, config: AbsmaxConfig) -> Tensor:
+    N, K = x.shape
+    out = torch.empty(slices, N, dtype=torch.float32, device=x.device)
+    launch(
+        absmax_kernel, (programs * slices,), x.device, x, out, maxima, N, K, slices, *x.stride(),
+        ALIGNED=aligned(K, slices), **asdict(config),
+    )  # fmt: skip
+    return out
 
 
 def launch_absmax(x: Tensor, slices: int, config: AbsmaxConfig | None = None) -> Tensor:
-    N, K = x.shape
-    config = config or default_config(N, triton.cdiv(K, slices))
-    out = torch.empty(slices, N, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(N, config.BLOCK_N), slices)
-    launch(
-        absmax_kernel, grid, x.device, x, out, N, K, slices, *x.stride(), ALIGNED=aligned(K, slices), **asdict(config)
-    )
-    return out
+    config = config or default_config(x.shape[0], triton.cdiv(x.shape[1], slices), x.shape[1])
+    return _launch(x, slices, triton.cdiv(x.shape[0], config.BLOCK_N), None, config)
+
+
+def launch_absmax_and_maxima(x: Tensor, slices: int, config: AbsmaxConfig | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`absmax` and maxima ``[S, P]`` of its rows, few enough for every program of the next kernel to reduce."""
+    config = config or default_config(x.shape[0], triton.cdiv(x.shape[1], slices), x.shape[1])
+    programs = min(triton.cdiv(x.shape[0], config.BLOCK_N), max(1, MAX_PROGRAMS // slices))
+    maxima = torch.empty(slices, programs, dtype=torch.float32, device=x.device)
+    return _launch(x, slices, programs, maxima, config), maxima
 
 
 @torch.library.custom_op("triton_analog::absmax", mutates_args=())

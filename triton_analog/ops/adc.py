@@ -17,6 +17,8 @@ from triton_analog import reference
 from triton_analog.lang import OUTPUT_STREAM, cast, convert, normal_tile, pack_bits
 from triton_analog.launch import block, launch, runs_kernel
 from triton_analog.ops import _checks as check
+from triton_analog.ops._tiles import saturated, store_bits
+from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
 
 
@@ -28,7 +30,7 @@ class AdcConfig:
 
 
 def default_config(rows: int, columns: int) -> AdcConfig:
-    return AdcConfig(BLOCK_M=block(rows, 32), BLOCK_N=block(columns, 64))
+    return AdcConfig(BLOCK_M=block(rows, 32), BLOCK_N=block(columns, 64, smallest=32))
 
 
 @triton.jit(do_not_specialize=["M", "plane"])
@@ -51,10 +53,8 @@ def adc_kernel(
     if BOUND:
         wmax = tl.load(bound_wmax_ptr + n * bound_stride, mask=n < N, other=0.0).to(tl.float32)
         v, saturated = convert(v, out_bound * r * wmax, q_max, QUANTIZE)
-        columns = tl.cdiv(N, 8)
-        byte = first_n // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
-        bits = pack_bits(saturated & inside, BLOCK_M, BLOCK_N)
-        tl.store(mask_ptr + m * columns + byte, bits, mask=(m < M) & (byte < columns))
+        words = pack_bits(saturated & inside, BLOCK_M, BLOCK_N)
+        store_bits(mask_ptr, words, 0, first_m, first_n, M, N, BLOCK_M, BLOCK_N)
     tl.store(out_ptr + m * N + n, cast(v, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -74,8 +74,9 @@ def launch_adc(
     config = config or default_config(M, N)
     q_max = half_steps(out_res)
     out = torch.empty(M, N, dtype=y.dtype, device=y.device)
-    mask = torch.empty(M, -(-N // 8) if out_bound > 0 else 0, dtype=torch.uint8, device=y.device)
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
+    mask = torch.empty(*mask_shape(1, M, N if out_bound > 0 else 0)[1:], dtype=torch.int32, device=y.device)
+    columns = triton.cdiv(N, 128) * 128 if out_bound > 0 else N  # whole words of the mask
+    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(columns, config.BLOCK_N))
     strides = [0 if t is None or t.numel() == 1 else t.stride(0) for t in (input_range, noise_wmax, bound_wmax)]
     launch(
         adc_kernel, grid, y.device, y, input_range, noise_wmax, bound_wmax, seed, out, mask, M, N, *y.stride(), *strides,
@@ -83,6 +84,55 @@ def launch_adc(
         **asdict(config),
     )  # fmt: skip
     return out, mask
+
+
+@triton.jit(do_not_specialize=["M"])
+def adc_grad_kernel(
+    grad_ptr, mask_ptr, out_ptr, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
+    first_n = tl.program_id(1).to(tl.int64) * BLOCK_N
+    m = first_m + tl.arange(0, BLOCK_M)[:, None]
+    n = first_n + tl.arange(0, BLOCK_N)[None, :]
+    inside = (m < M) & (n < N)
+    grad = tl.load(grad_ptr + m * stride_m + n * stride_n, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.where(saturated(mask_ptr, 0, first_m, first_n, M, N, BLOCK_M, BLOCK_N), 0.0, grad)
+    tl.store(out_ptr + m * N + n, cast(grad, out_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_adc_grad(grad: Tensor, mask: Tensor, config: AdcConfig | None = None) -> Tensor:
+    M, N = grad.shape
+    config = config or AdcConfig(BLOCK_M=block(M, 32), BLOCK_N=block(N, 128))
+    out = torch.empty(M, N, dtype=grad.dtype, device=grad.device)
+    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
+    launch(adc_grad_kernel, grid, grad.device, grad, mask, out, M, N, *grad.stride(), **asdict(config))
+    return out
+
+
+@torch.library.custom_op("triton_analog::adc_grad", mutates_args=())
+def _adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
+    return launch_adc_grad(grad, mask) if runs_kernel(grad) else reference.adc_grad(grad, mask)
+
+
+@_adc_grad.register_fake
+def _(grad, mask):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
+    """``grad [M, N]`` where one slice's product did not saturate, elsewhere 0; contiguous.
+
+    Args:
+        grad: Gradient of the output converter's result, any strides.
+        mask: int32 ``[ceil(N / 128), M, 4]``: the slice's part of a product's saturation mask.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices or shapes outside the above.
+    """
+    check.matrix("grad", grad)
+    check.saturation_mask(mask, mask_shape(1, *grad.shape)[1:])
+    check.together("grad", grad, mask=mask)
+    return _adc_grad(grad, mask)
 
 
 @torch.library.custom_op("triton_analog::adc", mutates_args=())
@@ -108,7 +158,7 @@ def _adc(
 @_adc.register_fake
 def _(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, plane):
     M, N = y.shape
-    mask = y.new_empty(M, (N + 7) // 8 if out_bound > 0 else 0, dtype=torch.uint8)
+    mask = y.new_empty(mask_shape(1, M, N if out_bound > 0 else 0)[1:], dtype=torch.int32)
     return torch.empty_like(y, memory_format=torch.contiguous_format), mask
 
 
@@ -120,7 +170,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     (mask,) = ctx.saved_tensors
     if ctx.bounded:
-        grad = torch.where(reference.unpack_bits(mask, grad.shape[1]), 0.0, grad)
+        grad = _adc_grad(grad, mask)
     return grad, None, None, None, None, None, None, None, None
 
 

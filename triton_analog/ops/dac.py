@@ -13,8 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_analog import reference
-from triton_analog.lang import DYNAMIC_RANGE, NO_RANGE, STATIC_RANGE, cast, clamp, slice_of, step_of, to_steps
-from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.lang import (
+    DYNAMIC_RANGE,
+    NO_RANGE,
+    STATIC_RANGE,
+    cast,
+    clamp,
+    slice_bounds,
+    slice_of,
+    step_of,
+    to_steps,
+)
+from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.input_range import _input_range_grad
 from triton_analog.reference.grid import half_steps
@@ -38,17 +48,6 @@ def load_range(range_ptr, s, m, M, MODE: tl.constexpr):
     return tl.abs(r.to(tl.float32))
 
 
-@triton.jit
-def operand(x, r, q_max, MODE: tl.constexpr, QUANTIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile of the input as the dot takes it: converter integers, clamped values, or as it is."""
-    x = x.to(tl.float32)
-    if QUANTIZE:
-        x = to_steps(x, r, q_max)
-    elif MODE != NO_RANGE:
-        x = clamp(x, r)
-    return cast(x, DTYPE)
-
-
 # ---- The operation on its own ---------------------------------------------------------------------------------------
 
 
@@ -59,41 +58,68 @@ class DacConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, features: int) -> DacConfig:
-    return DacConfig(BLOCK_M=block(rows, 16, smallest=1), BLOCK_K=block(features, 256))
+def default_config(rows: int, width: int) -> DacConfig:
+    block_k = block(width, 512)
+    return DacConfig(BLOCK_M=block(rows, 4096 // block_k, smallest=1), BLOCK_K=block_k)
+
+
+@triton.jit
+def load_columns(x_ptr, m, start, column, width, M, stride_m, stride_k):
+    """``x`` at rows ``m`` and columns ``start + column``, 0 where ``column >= width``; fp32."""
+    inside = (m < M)[:, None] & (column < width)[None, :]
+    address = m[:, None] * stride_m + (start + column).to(tl.int64)[None, :] * stride_k
+    return tl.load(x_ptr + address, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def convert_columns(x, range_ptr, s, m, M, q_max, MODE: tl.constexpr, QUANTIZE: tl.constexpr):
+    """Converter integers, or clamped values, or ``x`` as it is; fp32."""
+    if MODE != NO_RANGE:
+        r = load_range(range_ptr, s, m, M, MODE)
+        x = to_steps(x, r, q_max) if QUANTIZE else clamp(x, r)
+    return x
 
 
 @triton.jit(do_not_specialize=["M"])
 def dac_kernel(
     x_ptr, range_ptr, out_ptr, M, K, S, stride_m, stride_k, q_max,
-    DYNAMIC: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    MODE: tl.constexpr, QUANTIZE: tl.constexpr, VALUES: tl.constexpr, CONVERTED: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    inside = (m < M) & (k < K)
-    s = slice_of(k, K, S)
-    if DYNAMIC:
-        r = tl.load(range_ptr + s.to(tl.int64) * M + m, mask=inside, other=0.0)
-    else:
-        r = tl.load(range_ptr + s, mask=k < K, other=0.0)
-    r = tl.abs(r.to(tl.float32))
-    x = tl.load(x_ptr + m * stride_m + k.to(tl.int64) * stride_k, mask=inside, other=0.0).to(tl.float32)
-    if QUANTIZE:
-        out = to_steps(x, r, q_max) * step_of(r, q_max)
-    else:
-        out = clamp(x, r)
-    tl.store(out_ptr + m * K + k, cast(out, out_ptr.dtype.element_ty), mask=inside)
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tl.program_id(2)
+    start, width = slice_bounds(s, K, S, ALIGNED)
+    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    x = load_columns(x_ptr, m, start, column, width, M, stride_m, stride_k)
+    if not CONVERTED:
+        x = convert_columns(x, range_ptr, s, m, M, q_max, MODE, QUANTIZE)
+    if VALUES and QUANTIZE:
+        x *= step_of(load_range(range_ptr, s, m, M, MODE), q_max)
+    inside = (m < M)[:, None] & (column < width)[None, :]
+    tl.store(out_ptr + m[:, None] * K + (start + column)[None, :], cast(x, out_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_dac(x: Tensor, input_range: Tensor, slices: int, inp_res: float, config: DacConfig | None = None) -> Tensor:
+def launch_dac(
+    x: Tensor,
+    input_range: Tensor,
+    slices: int,
+    inp_res: float,
+    *,
+    dtype: torch.dtype | None = None,
+    values: bool = True,
+    converted: bool = False,
+    config: DacConfig | None = None,
+) -> Tensor:
+    """``values``: converted inputs in their own unit, otherwise numbers of steps; ``x`` holds those if ``converted``."""
     M, K = x.shape
-    config = config or default_config(M, K)
+    width = triton.cdiv(K, slices)
+    config = config or default_config(M, width)
     q_max = half_steps(inp_res)
-    out = torch.empty(M, K, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_K))
+    out = torch.empty(M, K, dtype=dtype or x.dtype, device=x.device)
     launch(
-        dac_kernel, grid, x.device, x, input_range.contiguous(), out, M, K, slices, *x.stride(), q_max,
-        DYNAMIC=input_range.ndim == 2, QUANTIZE=q_max > 0, **asdict(config),
+        dac_kernel, (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices), x.device, x,
+        input_range.contiguous(), out, M, K, slices, *x.stride(), q_max, MODE=range_mode(input_range), QUANTIZE=q_max > 0,
+        VALUES=values, CONVERTED=converted, ALIGNED=aligned(K, slices), **asdict(config),
     )  # fmt: skip
     return out
 
@@ -170,3 +196,87 @@ def dac(
     check.resolution("inp_res", inp_res)
     check.range_rule(decay, input_min_percentage)
     return _dac(x, input_range, slices, float(inp_res), decay, input_min_percentage, fast_mode)
+
+
+# ---- What a backward needs of the input, in less than half of its bytes --------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["M"])
+def dac_steps_kernel(
+    x_ptr, range_ptr, steps_ptr, clipped_ptr, M, K, S, stride_m, stride_k, q_max,
+    MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tiles of whole bytes of flags, so slices may begin anywhere in them."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    inside = (m < M) & (k < K)
+    s = slice_of(k, K, S)
+    x = tl.load(x_ptr + m * stride_m + k.to(tl.int64) * stride_k, mask=inside, other=0.0).to(tl.float32)
+    if MODE == DYNAMIC_RANGE:
+        r = tl.abs(tl.load(range_ptr + s.to(tl.int64) * M + m, mask=inside, other=0.0).to(tl.float32))
+    else:
+        r = tl.abs(tl.load(range_ptr + s, mask=k < K, other=0.0).to(tl.float32))
+    q = to_steps(x, r, q_max)
+    touches, passes = inside & (tl.abs(x) >= r), inside & (tl.abs(x) <= r)
+    q = tl.where(touches & (q == 0), tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)), q)  # the sign survives a range of 0
+    tl.store(steps_ptr + m * K + k, q.to(tl.int8), mask=inside)
+    if MODE == STATIC_RANGE:
+        row_bytes = tl.cdiv(K, 8)
+        byte = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)[None, :]
+        inside = (m < M) & (byte < row_bytes)
+        for plane in tl.static_range(2):
+            flags = touches if plane == 0 else passes
+            bits = flags.to(tl.int32).reshape(BLOCK_M, BLOCK_K // 8, 8) << tl.arange(0, 8)[None, None, :]
+            tl.store(clipped_ptr + (plane * M.to(tl.int64) + m) * row_bytes + byte, tl.sum(bits, axis=2).to(tl.uint8), mask=inside)
+
+
+def launch_dac_steps(
+    x: Tensor, input_range: Tensor, slices: int, inp_res: float, config: DacConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    M, K = x.shape
+    config = config or default_config(M, K)
+    static = input_range.ndim == 1
+    steps = torch.empty(M, K, dtype=torch.int8, device=x.device)
+    clipped = torch.empty(2, M if static else 0, -(-K // 8), dtype=torch.uint8, device=x.device)
+    launch(
+        dac_steps_kernel, (triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_K)), x.device, x,
+        input_range.contiguous(), steps, clipped, M, K, slices, *x.stride(), half_steps(inp_res),
+        MODE=range_mode(input_range), **asdict(config),
+    )  # fmt: skip
+    return steps, clipped
+
+
+@torch.library.custom_op("triton_analog::dac_steps", mutates_args=())
+def _dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tuple[Tensor, Tensor]:
+    if runs_kernel(x):
+        return launch_dac_steps(x, input_range, slices, inp_res)
+    return reference.dac_steps(x, input_range, slices, inp_res)
+
+
+@_dac_steps.register_fake
+def _(x, input_range, slices, inp_res):
+    (M, K), static = x.shape, input_range.ndim == 1
+    return x.new_empty(M, K, dtype=torch.int8), x.new_empty(2, M if static else 0, (K + 7) // 8, dtype=torch.uint8)
+
+
+def dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tuple[Tensor, Tensor]:
+    """All that a backward needs of an input ``[M, K]``, in five eighths of the bytes of fp16: int8 numbers of steps
+    ``[M, K]`` and, for a static range, two flags per element, uint8 ``[2, M, ceil(K / 8)]`` (low bit first).
+
+    The first flag is set where ``|x| >= r``, the second where ``|x| <= r``. NaN has neither, and any number of steps.
+
+    Args:
+        x: Inputs ``[M, K]``.
+        input_range: ``[S]`` or, dynamic, ``[S, M]``.
+        slices: Number of slices of the columns.
+        inp_res: Number of steps, 2 to 254, or its inverse.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
+    """
+    check.matrix("x", x)
+    check.slice_count(x.shape[1], slices)
+    check.range_kind(input_range, slices, x.shape[0])
+    check.together("x", x, input_range=input_range)
+    check.int8_steps("inp_res", inp_res)
+    return _dac_steps(x.detach(), input_range.detach(), slices, float(inp_res))

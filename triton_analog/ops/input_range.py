@@ -19,6 +19,8 @@ from triton_analog import reference
 from triton_analog.lang import cast, slice_bounds
 from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
+from triton_analog.ops._columns import column_masks, slice_span
+from triton_analog.ops.std import MAX_PROGRAMS, StdConfig, launch_parts, merged_moments, unbiased_std
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,16 @@ def default_config(rows: int, width: int) -> InputRangeConfig:
 
 
 @triton.jit
-def range_grad_sums(grad, x, r, inside, FAST: tl.constexpr):
-    """A tile's share of the two sums behind ``dr``: the gradient that would widen the range, and how many do not clip."""
-    above, below = inside & (x >= r), inside & (x <= -r)
+def range_grad_sums(grad, above, below, passes, FAST: tl.constexpr):
+    """A tile's share of the two sums behind ``dr``: the gradient that would widen the range, and how many do not clip.
+
+    ``above`` and ``below``: at or beyond the range; ``passes``: within the range or at it.
+    """
     if FAST:
         widen = tl.where(above, grad, 0.0) - tl.where(below, grad, 0.0)
     else:
         widen = tl.where(above, tl.minimum(grad, 0.0), 0.0) - tl.where(below, tl.maximum(grad, 0.0), 0.0)
-    return tl.sum(widen), tl.sum((inside & (tl.abs(x) < r)).to(tl.float32))
+    return tl.sum(widen), tl.sum((passes & (above == 0) & (below == 0)).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["P", "M"])
@@ -78,14 +82,15 @@ def range_grad_kernel(
     else:
         share = tl.sum(unclipped) / (M * 1.0 * width)
         dr = r * (total + tl.where(share > input_min_percentage, decay, 0.0))
-    tl.store(out_ptr + s, dr)
+    tl.store(out_ptr + s, cast(dr, out_ptr.dtype.element_ty))
 
 
 def launch_range_grad(
-    parts: Tensor, input_range: Tensor, rows: int, features: int, decay: float, threshold: float, fast_mode: bool
+    parts: Tensor, input_range: Tensor, rows: int, features: int, decay: float, threshold: float, fast_mode: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     slices, count, _ = parts.shape
-    out = torch.empty(slices, dtype=torch.float32, device=parts.device)
+    out = torch.empty(slices, dtype=dtype, device=parts.device)
     launch(
         range_grad_kernel, (slices,), parts.device, parts, input_range, out, count, rows, features, slices,
         decay, threshold, FAST=fast_mode, ALIGNED=aligned(features, slices), BLOCK_P=block(count, 1024),
@@ -107,11 +112,12 @@ def input_range_grad_kernel(
     r = tl.abs(tl.load(range_ptr + s).to(tl.float32))
     x = tl.load(x_ptr + m * stride_xm + k * stride_xk, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + m * stride_gm + k * stride_gk, mask=inside, other=0.0).to(tl.float32)
-    widen, unclipped = range_grad_sums(grad, x, r, inside, FAST)
+    passes = inside & (tl.abs(x) <= r)
+    widen, unclipped = range_grad_sums(grad, inside & (x >= r), inside & (x <= -r), passes, FAST)
     part = (s * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     tl.store(parts_ptr + part * 2, widen)
     tl.store(parts_ptr + part * 2 + 1, unclipped)
-    dx = cast(tl.where(tl.abs(x) <= r, grad, 0.0), dx_ptr.dtype.element_ty)
+    dx = cast(tl.where(passes, grad, 0.0), dx_ptr.dtype.element_ty)
     tl.store(dx_ptr + m * K + k, dx, mask=inside)
 
 
@@ -208,24 +214,31 @@ def recomputing() -> bool:
 
 
 @triton.jit
-def input_range_update_kernel(
-    range_ptr, count_ptr, residual_ptr, moments_ptr, S, init_from_data, init_std_alpha, BLOCK_S: tl.constexpr
-):
-    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    inside = s < S
-    n = tl.load(moments_ptr + s * 3, mask=inside, other=0.0)
-    m2 = tl.load(moments_ptr + s * 3 + 2, mask=inside, other=0.0)
-    std = tl.where(n > 1, tl.sqrt_rn(tl.div_rn(m2, tl.maximum(n - 1, 1.0))), 0.0)
+def update_range(range_ptr, count_ptr, residual_ptr, s, inside, std, init_from_data, init_std_alpha):
+    """The update of slices ``s``, whose data have standard deviation ``std``."""
     r = tl.load(range_ptr + s, mask=inside, other=0.0).to(tl.float32)
-    r += tl.load(residual_ptr + s, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        r += tl.load(residual_ptr + s, mask=inside, other=0.0).to(tl.float32)
     count = tl.load(count_ptr + s, mask=inside, other=0)
     due = (count < init_from_data) & (std > 0) & (std < float("inf"))
     estimate = tl.div_rn(r * count.to(tl.float32) + init_std_alpha * std, count.to(tl.float32) + 1)
     r = tl.abs(tl.where(due, estimate, r))
     stored = cast(r, range_ptr.dtype.element_ty)
     tl.store(range_ptr + s, stored, mask=inside)
-    tl.store(residual_ptr + s, cast(r - stored.to(tl.float32), residual_ptr.dtype.element_ty), mask=inside)
+    if residual_ptr is not None:
+        tl.store(residual_ptr + s, cast(r - stored.to(tl.float32), residual_ptr.dtype.element_ty), mask=inside)
     tl.store(count_ptr + s, count + due.to(count.dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["init_from_data"])
+def input_range_update_kernel(
+    range_ptr, count_ptr, residual_ptr, moments_ptr, S, init_from_data, init_std_alpha, BLOCK_S: tl.constexpr
+):
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    n = tl.load(moments_ptr + s * 3, mask=s < S, other=0.0)
+    m2 = tl.load(moments_ptr + s * 3 + 2, mask=s < S, other=0.0)
+    std = unbiased_std(n, m2)
+    update_range(range_ptr, count_ptr, residual_ptr, s, s < S, std, init_from_data, init_std_alpha)
 
 
 def launch_input_range_update(
@@ -307,49 +320,180 @@ def input_range_update(
     _input_range_update(input_range, count, residual, moments, init_from_data, init_std_alpha)
 
 
+# ---- Statistics and update at once --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["P", "init_from_data"])
+def input_range_learn_kernel(
+    range_ptr, count_ptr, residual_ptr, parts_ptr, P, init_from_data, init_std_alpha, BLOCK_P: tl.constexpr
+):
+    """Merge the parts of a slice's moments and update its range; a slice that was not read has count 0, so no deviation."""
+    s = tl.program_id(0)
+    n, _, m2 = merged_moments(parts_ptr, s, P, BLOCK_P)
+    std = unbiased_std(n, m2)
+    update_range(range_ptr, count_ptr, residual_ptr, s, s >= 0, std, init_from_data, init_std_alpha)
+
+
+def launch_input_range_learn(
+    x: Tensor,
+    input_range: Tensor,
+    count: Tensor,
+    residual: Tensor | None,
+    slices: int,
+    init_from_data: int,
+    init_std_alpha: float,
+    config: StdConfig | None = None,
+) -> None:
+    parts = launch_parts(x, slices, count, init_from_data, config)
+    P = parts.shape[2]
+    launch(
+        input_range_learn_kernel, (slices,), x.device, input_range, count, residual, parts, P, init_from_data,
+        init_std_alpha, BLOCK_P=block(P, 2**20),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("triton_analog::input_range_learn", mutates_args=("input_range", "count", "residual"))
+def _input_range_learn(
+    x: Tensor,
+    input_range: Tensor,
+    count: Tensor,
+    residual: Tensor | None,
+    slices: int,
+    init_from_data: int,
+    init_std_alpha: float,
+) -> None:
+    if recomputing():
+        return
+    if runs_kernel(x):
+        launch_input_range_learn(x, input_range, count, residual, slices, init_from_data, init_std_alpha)
+    else:
+        reference.input_range_learn(
+            x, input_range, count, residual, slices, init_from_data=init_from_data, init_std_alpha=init_std_alpha
+        )
+
+
+def input_range_learn(
+    x: Tensor,
+    input_range: Tensor,
+    count: Tensor,
+    residual: Tensor | None,
+    slices: int,
+    *,
+    init_from_data: int,
+    init_std_alpha: float,
+) -> None:
+    """:func:`triton_analog.ops.moments` of ``x`` and :func:`input_range_update` with them, in place, in two launches.
+
+    Slices whose start-up is over, ``count >= init_from_data``, are not read; their ranges become non-negative. All
+    conditions stay on the device. A forward recomputed in the backward (activation checkpointing) changes nothing.
+
+    Args:
+        x: The batch ``[M, K]``, at least one row, any strides.
+        input_range: ``[S]``, changed in place; not differentiable, call under ``torch.no_grad()``.
+        count: Integer ``[S]``, batches seen so far, changed in place.
+        residual: ``[S]``, changed in place: what the range's dtype rounds off; None drops it.
+        slices: Number of slices of the columns.
+        init_from_data: Number of batches to learn from.
+        init_std_alpha: Standard deviations that the range spans on either side.
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
+    """
+    check.matrix("x", x)
+    check.require(
+        x.shape[0] > 0, lambda: f"x: got shape {check.shape_of(x)}; nothing can be learned from an empty batch"
+    )
+    check.slice_count(x.shape[1], slices)
+    check.static_range(input_range, slices)
+    _check_state(input_range, count, init_from_data, **({} if residual is None else {"residual": residual}))
+    check.together("x", x, input_range=input_range)
+    check.non_negative("init_std_alpha", init_std_alpha)
+    _input_range_learn(x.detach(), input_range, count, residual, slices, init_from_data, init_std_alpha)
+
+
 # ---- Fast mode: running extreme values --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExtremaConfig:
+    """``programs`` share the tiles of a slice."""
+
+    BLOCK_M: int
+    BLOCK_K: int
+    programs: int
+    num_warps: int = 4
+
+
+def default_extrema_config(rows: int, width: int, features: int) -> ExtremaConfig:
+    """Tiles of 8192 numbers: each of 128 threads then waits for eight 16-byte loads of bf16 at once.
+
+    Rows that are no multiple of 16 numbers are loaded one number at a time, with an address for each: 2048 then.
+    """
+    numbers = 8192 if features % 16 == 0 else 2048
+    block_m = block(rows, numbers // block(width, 128), smallest=1)
+    block_k = block(width, numbers // block_m)
+    tiles = triton.cdiv(rows, block_m) * triton.cdiv(width, block_k)
+    return ExtremaConfig(block_m, block_k, programs=max(1, min(tiles, 2 * MAX_PROGRAMS * width // features)))
+
+
+@triton.jit
+def ordered(bits):
+    """The bits of an fp32 number as an integer in the order of the numbers, NaN at the ends; and back again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit(do_not_specialize=["M"])
 def extrema_kernel(
     x_ptr, parts_ptr, M, K, S, stride_m, stride_k, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Smallest and largest value of every tile of a slice: ``parts [2, P, S]``."""
-    s = tl.program_id(2)
-    start, width = slice_bounds(s, K, S, ALIGNED)
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    inside = (m < M) & (column < width)
-    x = tl.load(x_ptr + m * stride_m + (start + column).to(tl.int64) * stride_k, mask=inside, other=0.0).to(tl.float32)
-    is_nan = tl.max((inside & (x != x)).to(tl.int32)) > 0
-    low = tl.where(is_nan, float("nan"), tl.min(tl.where(inside & (x == x), x, float("inf"))))
-    high = tl.where(is_nan, float("nan"), tl.max(tl.where(inside & (x == x), x, float("-inf"))))
-    parts = tl.num_programs(0) * tl.num_programs(1)
-    part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(parts_ptr + part * S + s, low)
-    tl.store(parts_ptr + (parts + part) * S + s, high)
+    """Smallest and largest number of every part of a slice, as :func:`ordered` integers: ``parts [2, S, P]``."""
+    s, P = tl.program_id(0), tl.num_programs(1)
+    origin, start, end = slice_span(s, K, S, ALIGNED)
+    # Numbers outside the slice are replaced by one of its own.
+    first = tl.load(x_ptr + start.to(tl.int64) * stride_k).to(tl.float32)
+    low = ordered(first.to(tl.int32, bitcast=True))
+    high = low
+    tiles_k = tl.cdiv(end - origin, BLOCK_K)
+    for tile in range(tl.program_id(1), tl.cdiv(M, BLOCK_M) * tiles_k, P):
+        m = tile // tiles_k * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+        k = origin + tile % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        loaded, inside = column_masks(k, start, end, K, ALIGNED)
+        address = m.to(tl.int64) * stride_m + k.to(tl.int64) * stride_k
+        x = tl.load(x_ptr + address, mask=(m < M) & loaded, other=0.0).to(tl.float32)
+        order = ordered(tl.where((m < M) & inside, x, first).to(tl.int32, bitcast=True))
+        low = tl.minimum(low, tl.min(order))
+        high = tl.maximum(high, tl.max(order))
+    part_ptr = parts_ptr + s.to(tl.int64) * P + tl.program_id(1)
+    tl.store(part_ptr, low)
+    tl.store(part_ptr + tl.num_programs(0).to(tl.int64) * P, high)
 
 
-def launch_extrema(x: Tensor, slices: int, config: InputRangeConfig | None = None) -> Tensor:
+@triton.jit(do_not_specialize=["P"])
+def merge_extrema_kernel(parts_ptr, out_ptr, P, BLOCK_P: tl.constexpr):
+    """``out [2, S]`` from ``parts [2, S, P]``. NaN is above or below all others, by its sign, and takes both results."""
+    s, S = tl.program_id(0), tl.num_programs(0)
+    p = tl.arange(0, BLOCK_P)
+    lows = tl.load(parts_ptr + s.to(tl.int64) * P + p, mask=p < P, other=0x7FFFFFFF)
+    highs = tl.load(parts_ptr + (S + s).to(tl.int64) * P + p, mask=p < P, other=-0x80000000)
+    low = ordered(tl.min(lows)).to(tl.float32, bitcast=True)
+    high = ordered(tl.max(highs)).to(tl.float32, bitcast=True)
+    tl.store(out_ptr + s, tl.where(high == high, low, high))
+    tl.store(out_ptr + S + s, tl.where(low == low, high, low))
+
+
+def launch_extrema(x: Tensor, slices: int, config: ExtremaConfig | None = None) -> Tensor:
     M, K = x.shape
-    width = triton.cdiv(K, slices)
-    config = config or default_config(M, width)
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
-    parts = torch.empty(2, grid[0] * grid[1], slices, dtype=torch.float32, device=x.device)
+    config = config or default_extrema_config(M, triton.cdiv(K, slices), K)
+    parts = torch.empty(2, slices, config.programs, dtype=torch.int32, device=x.device)
     launch(
-        extrema_kernel,
-        grid,
-        x.device,
-        x,
-        parts,
-        M,
-        K,
-        slices,
-        *x.stride(),
-        ALIGNED=aligned(K, slices),
-        **asdict(config),
+        extrema_kernel, (slices, config.programs), x.device, x, parts, M, K, slices, *x.stride(),
+        ALIGNED=aligned(K, slices), BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
+    )  # fmt: skip
+    out = torch.empty(2, slices, dtype=torch.float32, device=x.device)
+    launch(
+        merge_extrema_kernel, (slices,), x.device, parts, out, config.programs, BLOCK_P=block(config.programs, 2**20)
     )
-    return torch.stack([parts[0].amin(0), parts[1].amax(0)])
+    return out
 
 
 @torch.library.custom_op("triton_analog::extrema", mutates_args=())

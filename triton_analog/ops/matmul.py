@@ -2,8 +2,11 @@
 
 ``y = sum over s of ADC(unit_s * (q_s @ W_s^T) + sigma_s * z_s) + bias``
 
-``q_s`` are the input converter's integers, exact in bf16 up to 512 steps, and ``unit_s`` its step. Without an output
-converter the noises of all slices are one normal of their summed variance.
+A first launch writes the input converter's integers ``q_s``, exact in bf16 up to 512 steps, each slice padded with zeros to
+whole blocks, and what the output stage needs per slice and column. The product then runs on ready operands: one loop over
+the blocks of all slices, so that loads go on while a slice is finished. Without an output converter the noises of all slices
+are one normal of their summed variance, and one accumulator serves all slices: it is rescaled from one slice's unit to the
+next one's.
 """
 
 from __future__ import annotations
@@ -20,103 +23,287 @@ from triton_analog.lang import (
     DYNAMIC_RANGE,
     NO_RANGE,
     OUTPUT_STREAM,
+    STATIC_RANGE,
+    TINY,
     cast,
-    convert,
+    clamp,
     dot,
     normal_tile,
     pack_bits,
+    round_even,
     slice_bounds,
-    step_of,
 )
-from triton_analog.launch import aligned, block, input_precision, launch, runs_kernel
+from triton_analog.launch import aligned, block, describable, input_precision, launch, nvidia_capability, runs_kernel, slices_describable
 from triton_analog.ops import _checks as check
-from triton_analog.ops.dac import load_range, operand, range_mode
+from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
+from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
+from triton_analog.ops.dac import default_config as dac_config
 from triton_analog.ops.matmul_dgrad import _matmul_dgrad
 from triton_analog.ops.matmul_wgrad import _matmul_wgrad
+from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
 
 
 @dataclass(frozen=True)
 class MatmulConfig:
+    """``PARTS``: column parts of a tile that are finished one after the other, so that fewer registers are in use at once.
+    ``PREPARED``: the input is converted by a launch of its own instead of in the loop. ``DESCRIPTORS``: load through tensor
+    descriptors where the operands' layout allows it."""
+
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
-    GROUP_M: int = 8
+    GROUP_M: int = 16
+    PARTS: int = 1
+    PREPARED: bool = True
+    DESCRIPTORS: bool = True
     num_warps: int = 8
     num_stages: int = 3
 
 
-def default_config(rows: int, columns: int, width: int, dtype: torch.dtype) -> MatmulConfig:
-    """64 x 128 tiles leave room for two blocks on a multiprocessor, one in its epilogue while the other multiplies."""
-    return MatmulConfig(
-        BLOCK_M=block(rows, 64), BLOCK_N=block(columns, 128), BLOCK_K=block(width, 32 if dtype == torch.float32 else 64)
-    )
+def default_config(
+    rows: int,
+    columns: int,
+    width: int,
+    dtype: torch.dtype,
+    capability: int,
+    *,
+    per_slice: bool = False,
+    noise: bool = False,
+    dynamic: bool = False,
+) -> MatmulConfig:
+    """``per_slice``: slices are finished separately, which takes a second accumulator. ``capability``: of the GPU."""
+    size = dtype.itemsize
+    block_k = block(width, min(64, 128 // size) if capability < 90 else 128 // size, 32 if size == 1 else 16)
+    block_n = block(columns, 128, 32)
+    parts = 2 if block_n == 128 and (per_slice or noise) else 1
+    if capability == 0:  # AMD's shared memory has no room for splitting a tile
+        return MatmulConfig(block(rows, 64), block_n, block_k, DESCRIPTORS=False, num_stages=2)
+    if capability < 90 or size == 4:
+        return MatmulConfig(block(rows, 64), block_n, block_k, PARTS=parts, DESCRIPTORS=capability >= 90)
+    if per_slice or rows <= 128 or columns <= 128 or (noise and dynamic):
+        # Two of these fit on a multiprocessor: one finishes a slice while the other multiplies.
+        return MatmulConfig(block(rows, 64), block_n, block_k, PARTS=parts, num_warps=4, num_stages=4)
+    return MatmulConfig(256, block_n, block_k, PARTS=4 if noise else 1)
+
+
+# ---- What comes before the product --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_scale(ptr, s, n, columns, N):
+    """One number per column ``n`` of slice ``s`` from ``[S, columns]``, ``columns`` being ``N`` or 1."""
+    return tl.load(ptr + s * columns + n % columns, mask=n < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write_coefficients(
+    coefficient_ptr, range_ptr, noise_wmax_ptr, bound_wmax_ptr, weight_wmax_ptr, s, n, N, S, columns, noise_columns,
+    bound_columns, weight_columns, in_q_max, weight_q_max, sigma, out_bound, out_q_max,
+    MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """``[3, S, columns]``, 0 beyond ``N``: factors that bring product and noise into ADC steps (without rounding: into the product's unit), and the
+    step (the bound). A static range is part of them; a dynamic one multiplies what comes out."""
+    r = tl.abs(tl.load(range_ptr + s).to(tl.float32)) if MODE == STATIC_RANGE else 1.0
+    product = tl.zeros_like(n).to(tl.float32) + (r / in_q_max if DAC else 1.0)
+    if INT8:
+        product *= load_scale(weight_wmax_ptr, s, n, weight_columns, N) / weight_q_max
+    noise = sigma * r * load_scale(noise_wmax_ptr, s, n, noise_columns, N) if NOISE else tl.zeros_like(product)
+    out = tl.zeros_like(product)
+    if BOUND:
+        out = out_bound * r * load_scale(bound_wmax_ptr, s, n, bound_columns, N)
+    if ADC:
+        is_zero = out < TINY
+        per_unit = tl.where(is_zero, 0.0, out_q_max / tl.where(is_zero, 1.0, out))
+        product *= per_unit
+        noise *= per_unit
+        out = out / out_q_max
+    at = coefficient_ptr + s * columns + n
+    tl.store(at, tl.where(n < N, product, 0.0), mask=n < columns)
+    tl.store(at + S * columns, noise, mask=n < columns)
+    tl.store(at + 2 * S * columns, out, mask=n < columns)
+
+
+@triton.jit(do_not_specialize=["M", "blocks_m"])
+def matmul_prepare_kernel(
+    x_ptr, range_ptr, operand_ptr, noise_wmax_ptr, bound_wmax_ptr, weight_wmax_ptr, coefficient_ptr, poison_ptr,
+    M, N, K, S, stride_m, stride_k, width, blocks_m, blocks_k, columns, noise_columns, bound_columns, weight_columns,
+    in_q_max, weight_q_max, sigma, out_bound, out_q_max,
+    MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, INT8: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The first ``blocks_m * blocks_k * S`` programs convert the input, each slice padded with zeros to ``width`` columns; the
+    others find the coefficients."""
+    pid = tl.program_id(0)
+    blocks = blocks_m * blocks_k
+    if pid < blocks * S:
+        s = pid // blocks
+        m = (pid % blocks // blocks_k).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        start, slice_width = slice_bounds(s, K, S, ALIGNED)
+        column = pid % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = load_columns(x_ptr, m, start, column, slice_width, M, stride_m, stride_k)
+        x = convert_columns(x, range_ptr, s, m, M, in_q_max, MODE, DAC)
+        if INT8:  # integers cannot hold NaN
+            is_nan = tl.max((x != x).to(tl.int32), axis=1) > 0
+            tl.store(poison_ptr + m, tl.full((BLOCK_M,), float("nan"), tl.float32), mask=is_nan & (m < M))
+        address = operand_ptr + m[:, None] * (S * width) + (s * width + column)[None, :]
+        tl.store(address, cast(x, operand_ptr.dtype.element_ty), mask=(m < M)[:, None] & (column < width)[None, :])
+    elif BOUND or INT8:
+        blocks_n = tl.cdiv(columns, BLOCK_N)
+        n = (pid - blocks * S) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        write_coefficients(
+            coefficient_ptr, range_ptr, noise_wmax_ptr, bound_wmax_ptr, weight_wmax_ptr, (pid - blocks * S) // blocks_n, n, N,
+            S, columns, noise_columns, bound_columns, weight_columns, in_q_max, weight_q_max, sigma, out_bound, out_q_max,
+            MODE, DAC, NOISE, BOUND, ADC, INT8,
+        )  # fmt: skip
+
+
+# ---- The product --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def finish_slice(
+    y, acc, coefficient_ptr, range_ptr, seed, mask_ptr, s, first_m, first_n, M, N, S, columns, out_q_max,
+    MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, MASK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``y`` plus what one slice's product ``acc`` becomes in the output stage. Columns beyond ``N`` get coefficients of 0."""
+    m = first_m + tl.arange(0, ROWS)
+    n = first_n + tl.arange(0, COLUMNS)
+    at = coefficient_ptr + s * columns + n
+    v = acc.to(tl.float32) * tl.load(at)[None, :]
+    if MODE == DYNAMIC_RANGE:
+        r = load_range(range_ptr, s, m, M, MODE)
+        if not DAC:
+            v *= tl.where(r < TINY, 0.0, 1.0 / r)
+    if NOISE and BOUND:
+        noise = tl.load(at + S * columns)[None, :]
+        v += noise * normal_tile(seed, first_m, first_n, s, OUTPUT_STREAM, ROWS, COLUMNS)
+    if BOUND:
+        out = tl.load(at + 2 * S * columns)[None, :]
+        if ADC:
+            v = round_even(v)  # rounds coarsely beyond 2**22, where the clamp acts anyway
+            passes = tl.abs(v) <= out_q_max
+            v = clamp(v, out_q_max) * out
+        else:
+            passes = tl.abs(v) <= out
+            v = clamp(v, out)
+        if MASK:
+            store_bits(mask_ptr, ~pack_bits(passes, ROWS, COLUMNS), s, first_m, first_n, M, N, ROWS, COLUMNS)
+    if MODE == DYNAMIC_RANGE:
+        v *= r
+    return y + v
+
+
+@triton.jit
+def finish_tile(
+    y, bias_ptr, range_ptr, noise_wmax_ptr, poison_ptr, seed, y_ptr, first_m, first_n, M, N, S, noise_columns, sigma,
+    MODE: tl.constexpr, FOLDED_NOISE: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The noise of all slices in one draw, the bias, and the cast."""
+    m = first_m + tl.arange(0, ROWS)
+    n = first_n + tl.arange(0, COLUMNS)
+    if FOLDED_NOISE:
+        variance = tl.zeros((ROWS if MODE == DYNAMIC_RANGE else 1, COLUMNS), tl.float32)
+        for s in range(S):
+            deviation = sigma * load_range(range_ptr, s, m, M, MODE) * load_scale(noise_wmax_ptr, s, n, noise_columns, N)[None, :]
+            variance += deviation * deviation
+        y += tl.sqrt(variance) * normal_tile(seed, first_m, first_n, 0, OUTPUT_STREAM, ROWS, COLUMNS)
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if INT8:
+        y += tl.load(poison_ptr + m, mask=m < M, other=0.0)[:, None]
+    address = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(address, cast(y, y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def slice_unit(range_ptr, s, m, M, q_max, fallback, MODE: tl.constexpr):
+    """The input converter's step in slice ``s``; a slice without a range adds nothing, whatever its unit."""
+    r = load_range(range_ptr, s, m, M, MODE)
+    return tl.where(r < TINY, fallback, r / q_max)
 
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
-    x_ptr, w_ptr, bias_ptr, range_ptr, noise_wmax_ptr, bound_wmax_ptr, seed_ptr, y_ptr, mask_ptr,
-    M, N, K, S, stride_xm, stride_xk, stride_wn, stride_wk, noise_columns, bound_columns,
-    in_q_max, sigma, out_bound, out_q_max,
-    MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x, w, bias_ptr, range_ptr, coefficient_ptr, noise_wmax_ptr, poison_ptr, seed_ptr, y_ptr, mask_ptr,
+    M, N, K, S, stride_xm, stride_xk, stride_wn, stride_wk, blocks_n, x_columns, width, noise_columns, in_q_max, sigma,
+    out_q_max,
+    MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, MASK: tl.constexpr,
+    BIAS: tl.constexpr, INT8: tl.constexpr, CONVERT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs share rows of x and columns of w in the L2 cache.
-    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * blocks_n)
-    group_rows = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
-    first_m = (group * GROUP_M + pid % group_rows).to(tl.int64) * BLOCK_M
-    first_n = (pid % (GROUP_M * blocks_n) // group_rows).to(tl.int64) * BLOCK_N
+    """``width`` is that of a slice in whole blocks. Slices lie that far apart in a prepared ``x``; not if it is to
+    ``CONVERT`` in the loop."""
+    PER_SLICE: tl.constexpr = BOUND or INT8
+    RESCALE: tl.constexpr = DAC and not PER_SLICE
+    ACC: tl.constexpr = tl.int32 if INT8 else tl.float32
+    COLUMNS: tl.constexpr = BLOCK_N // PARTS
+    block_m, block_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), blocks_n, GROUP_M)
+    first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
     m = first_m + tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
-    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    seed = tl.load(seed_ptr) if NOISE else 0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    y0 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    y1 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    unit = tl.full((BLOCK_M if MODE == DYNAMIC_RANGE else 1, 1), 1.0, tl.float32)
+    if RESCALE:
+        unit = slice_unit(range_ptr, 0, m, M, in_q_max, unit, MODE)
+    s, step = 0, 0
+    steps = width // BLOCK_K
+    for i in range(S * steps):
+        start, slice_width = slice_bounds(s, K, S, ALIGNED)
+        column = step * BLOCK_K
+        b = load_tile(
+            w, first_n, start + column, stride_wn, stride_wk, N, start + slice_width, DESCRIPTORS, BLOCK_N, BLOCK_K
+        )
+        if CONVERT:
+            a = load_tile(
+                x, first_m, start + column, stride_xm, stride_xk, M, start + slice_width, DESCRIPTORS, BLOCK_M, BLOCK_K
+            )
+            a = convert_columns(a.to(tl.float32), range_ptr, s, m, M, in_q_max, MODE, DAC)
+            a = cast(tl.where((column + tl.arange(0, BLOCK_K) < slice_width)[None, :], a, 0.0), b.dtype)
+        else:
+            a = load_tile(x, first_m, i * BLOCK_K, stride_xm, stride_xk, M, x_columns, DESCRIPTORS, BLOCK_M, BLOCK_K)
+        acc = dot(a, tl.trans(b), acc, PRECISION)
+        if step == steps - 1:
+            if PER_SLICE:
+                parts = column_parts(acc, PARTS, BLOCK_M, BLOCK_N)
+                if M > 0:
+                    y0 = finish_slice(
+                        y0, parts[0], coefficient_ptr, range_ptr, seed, mask_ptr, s, first_m, first_n, M, N, S,
+                        blocks_n * BLOCK_N, out_q_max, MODE, DAC, NOISE, BOUND, ADC, MASK, BLOCK_M, COLUMNS,
+                    )  # fmt: skip
+                if PARTS == 2:
+                    if N > 0:
+                        y1 = finish_slice(
+                            y1, parts[1], coefficient_ptr, range_ptr, seed, mask_ptr, s, first_m, first_n + COLUMNS, M, N, S,
+                            blocks_n * BLOCK_N, out_q_max, MODE, DAC, NOISE, BOUND, ADC, MASK, BLOCK_M, COLUMNS,
+                        )  # fmt: skip
+                acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+            elif RESCALE:
+                new = slice_unit(range_ptr, tl.minimum(s + 1, S - 1), m, M, in_q_max, unit, MODE)
+                acc *= unit / new
+                unit = new
+        # Outside of the condition, or the loads of the next blocks would wait for it.
+        s = tl.where(step == steps - 1, s + 1, s)
+        step = tl.where(step == steps - 1, 0, step + 1)
 
-    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    RANGE_ROWS: tl.constexpr = BLOCK_M if MODE == DYNAMIC_RANGE else 1
-    r = tl.zeros((RANGE_ROWS, 1), tl.float32)
-    variance = tl.zeros((RANGE_ROWS, BLOCK_N), tl.float32)
-    for s in range(S):
-        start, width = slice_bounds(s, K, S, ALIGNED)
-        if MODE != NO_RANGE:
-            r = load_range(range_ptr, s, m, M, MODE)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for first_k in range(0, width, BLOCK_K):
-            column = first_k + tl.arange(0, BLOCK_K)
-            k = (start + column).to(tl.int64)
-            x_inside = (m < M)[:, None] & (column < width)[None, :]
-            w_inside = (column < width)[:, None] & (n < N)[None, :]
-            x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk, mask=x_inside, other=0.0)
-            w = tl.load(w_ptr + k[:, None] * stride_wk + n[None, :] * stride_wn, mask=w_inside, other=0.0)
-            acc = dot(operand(x, r, in_q_max, MODE, DAC, DTYPE), w, acc, PRECISION)
-        if DAC:
-            acc *= step_of(r, in_q_max)
-        if NOISE:
-            at = noise_wmax_ptr + s * noise_columns + n % noise_columns
-            sigma_s = sigma * r * tl.load(at, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            if BOUND:
-                acc += sigma_s * normal_tile(tl.load(seed_ptr), first_m, first_n, s, OUTPUT_STREAM, BLOCK_M, BLOCK_N)
-            else:
-                variance += sigma_s * sigma_s
-        if BOUND:
-            at = bound_wmax_ptr + s * bound_columns + n % bound_columns
-            bound = out_bound * r * tl.load(at, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            acc, saturated = convert(acc, bound, out_q_max, ADC)
-            row_bytes = tl.cdiv(N, 8)
-            byte = first_n // 8 + tl.arange(0, BLOCK_N // 8)
-            address = (M.to(tl.int64) * s + m[:, None]) * row_bytes + byte[None, :]
-            bits = pack_bits(saturated & (n < N)[None, :], BLOCK_M, BLOCK_N)
-            tl.store(mask_ptr + address, bits, mask=(m < M)[:, None] & (byte < row_bytes)[None, :])
-        y += acc
-    if NOISE and not BOUND:
-        z = normal_tile(tl.load(seed_ptr), first_m, first_n, 0, OUTPUT_STREAM, BLOCK_M, BLOCK_N)
-        y += tl.sqrt_rn(variance) * z
-    if BIAS:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(
-        y_ptr + m[:, None] * N + n[None, :], cast(y, y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :]
-    )
+    FOLDED_NOISE: tl.constexpr = NOISE and not BOUND
+    if PER_SLICE:
+        parts = (y0, y1)
+    else:
+        if RESCALE:
+            acc *= unit
+        parts = column_parts(acc, PARTS, BLOCK_M, BLOCK_N)
+    for part in tl.static_range(PARTS):
+        if M > part - PARTS:
+            finish_tile(
+                parts[part], bias_ptr, range_ptr, noise_wmax_ptr, poison_ptr, seed, y_ptr, first_m,
+                first_n + part * COLUMNS, M, N, S, noise_columns, sigma, MODE, FOLDED_NOISE, BIAS, INT8, BLOCK_M, COLUMNS,
+            )  # fmt: skip
 
 
 def launch_matmul(
@@ -132,22 +319,68 @@ def launch_matmul(
     bound_wmax: Tensor | None,
     out_res: float,
     seed: Tensor | None,
+    weight_wmax: Tensor | None = None,
+    weight_res: float = 0.0,
+    needs_mask: bool = True,
     config: MatmulConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
-    config = config or default_config(M, N, triton.cdiv(K, slices), x.dtype)
-    in_q_max, out_q_max = half_steps(inp_res), half_steps(out_res)
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    mask = torch.empty(slices if out_bound > 0 else 0, M, -(-N // 8), dtype=torch.uint8, device=x.device)
-    small = [None if t is None else t.contiguous() for t in (bias, input_range, noise_wmax, bound_wmax)]
-    columns = [1 if t is None else t.shape[1] for t in (noise_wmax, bound_wmax)]
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    if input_range is None:  # then slices make no difference
+        slices = 1
+    sigma, in_q_max, out_q_max = out_noise / slices**0.5, half_steps(inp_res), half_steps(out_res)
+    int8, ranged = weight.dtype == torch.int8, input_range is not None
+    config = config or default_config(
+        M, N, triton.cdiv(K, slices), weight.dtype, nvidia_capability(x.device), per_slice=int8 or out_bound > 0,
+        noise=out_noise > 0, dynamic=ranged and input_range.ndim == 2,
+    )  # fmt: skip
+    width = triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K) * config.BLOCK_K
+    convert = ranged and not config.PREPARED and not int8
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=x.device)
+
+    input_range, noise_wmax, bound_wmax, weight_wmax = (
+        None if t is None else t.contiguous() for t in (input_range, noise_wmax, bound_wmax, weight_wmax)
+    )
+    noise_columns, bound_columns, weight_columns = (
+        1 if t is None else t.shape[1] for t in (noise_wmax, bound_wmax, weight_wmax)
+    )
+    flags = {
+        "MODE": range_mode(input_range), "DAC": ranged and in_q_max > 0, "NOISE": out_noise > 0, "BOUND": out_bound > 0,
+        "ADC": out_q_max > 0, "INT8": int8,
+    }  # fmt: skip
+    operand = new(M, slices * width, dtype=weight.dtype) if ranged and not convert else x
+    blocks_n = triton.cdiv(triton.cdiv(N, 128) * 128 if out_bound > 0 else N, config.BLOCK_N)  # whole words of the mask
+    columns = blocks_n * config.BLOCK_N
+    coefficients = new(3, slices, columns) if int8 or out_bound > 0 else None
+    poison = torch.zeros(M, dtype=torch.float32, device=x.device) if int8 else None
+    if operand is not x or coefficients is not None:
+        tiles = dac_config(M, width)
+        blocks = triton.cdiv(M, tiles.BLOCK_M) if operand is not x else 0, triton.cdiv(width, tiles.BLOCK_K)
+        block_n = block(columns, 1024)
+        programs = slices * (blocks[0] * blocks[1] + (triton.cdiv(columns, block_n) if coefficients is not None else 0))
+        launch(
+            matmul_prepare_kernel, (programs,), x.device, x, input_range, operand, noise_wmax, bound_wmax, weight_wmax,
+            coefficients, poison, M, N, K, slices, *x.stride(), width, *blocks, columns, noise_columns, bound_columns,
+            weight_columns, in_q_max, half_steps(weight_res), sigma, out_bound, out_q_max, **flags,
+            ALIGNED=aligned(K, slices), BLOCK_N=block_n, **asdict(tiles),
+        )  # fmt: skip
+
+    y = new(M, N, dtype=x.dtype)
+    mask = new(*mask_shape(slices if out_bound > 0 and needs_mask else 0, M, N), dtype=torch.int32)
+    options = asdict(config)
+    del options["PREPARED"]
+    options["DESCRIPTORS"] = descriptors = (
+        config.DESCRIPTORS and describable(operand, weight) and slices_describable(weight, slices)
+    )
     launch(
-        matmul_kernel, grid, x.device, x, weight, *small, seed, y, mask, M, N, K, slices, *x.stride(), *weight.stride(),
-        *columns, in_q_max, out_noise / slices**0.5, out_bound, out_q_max,
-        MODE=range_mode(input_range), DAC=input_range is not None and in_q_max > 0, NOISE=out_noise > 0,
-        BOUND=out_bound > 0, ADC=out_q_max > 0, BIAS=bias is not None, PRECISION=input_precision(),
-        ALIGNED=aligned(K, slices), **asdict(config),
+        matmul_kernel, (triton.cdiv(M, config.BLOCK_M) * blocks_n,), x.device,
+        descriptor(operand, config.BLOCK_M, config.BLOCK_K, descriptors),
+        descriptor(weight, config.BLOCK_N, config.BLOCK_K, descriptors),
+        None if bias is None else bias.contiguous(), input_range, coefficients, noise_wmax, poison, seed, y, mask,
+        M, N, K, slices, *operand.stride(), *weight.stride(), blocks_n, operand.shape[1], width, noise_columns, in_q_max, sigma,
+        out_q_max, **flags, MASK=mask.numel() > 0, BIAS=bias is not None, CONVERT=convert, PRECISION=input_precision(),
+        ALIGNED=aligned(K, slices), **options,
     )  # fmt: skip
     return y, mask
 
@@ -166,25 +399,41 @@ def _matmul(
     bound_wmax: Tensor | None,
     out_res: float,
     seed: Tensor | None,
+    weight_wmax: Tensor | None,
+    weight_res: float,
+    needs_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     if runs_kernel(x):
         return launch_matmul(
-            x, weight, bias, input_range, slices, inp_res, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed
-        )
+            x, weight, bias, input_range, slices, inp_res, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed,
+            weight_wmax, weight_res, needs_mask,
+        )  # fmt: skip
     return reference.matmul(
         x, weight, bias, input_range, slices, inp_res=inp_res, out_noise=out_noise, noise_wmax=noise_wmax,
-        out_bound=out_bound, bound_wmax=bound_wmax, out_res=out_res, seed=seed,
+        out_bound=out_bound, bound_wmax=bound_wmax, out_res=out_res, seed=seed, weight_wmax=weight_wmax,
+        weight_res=weight_res, needs_mask=needs_mask,
     )  # fmt: skip
 
 
 @_matmul.register_fake
-def _(x, weight, bias, input_range, slices, inp_res, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed):
+def _(
+    x, weight, bias, input_range, slices, inp_res, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, weight_wmax,
+    weight_res, needs_mask,
+):  # fmt: skip
     M, N = x.shape[0], weight.shape[0]
-    return x.new_empty(M, N), x.new_empty(slices if out_bound > 0 else 0, M, (N + 7) // 8, dtype=torch.uint8)
+    shape = mask_shape(slices if out_bound > 0 and needs_mask else 0, M, N)
+    return x.new_empty(M, N), x.new_empty(shape, dtype=torch.int32)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, input_range, ctx.slices, ctx.inp_res, _, _, out_bound, *_ = inputs
+    x, weight, bias, input_range, ctx.slices, ctx.inp_res, _, _, out_bound, *_, needs_mask = inputs
+    check.require(
+        needs_mask or out_bound <= 0,
+        lambda: "needs_mask: False, but a bound's backward needs the mask; leave it on or run under torch.no_grad()",
+    )
+    check.require(
+        weight.dtype != torch.int8, lambda: "weight: an int8 weight has no backward; run under torch.no_grad()"
+    )
     ctx.save_for_backward(x, weight, input_range, output[1] if out_bound > 0 else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
@@ -193,15 +442,16 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     x, weight, input_range, mask = ctx.saved_tensors
     dx = dw = dbias = dr = None
+    needs_x, needs_weight, needs_bias, needs_range = ctx.needs_input_grad[:4]
     static = input_range if input_range is not None and input_range.ndim == 1 else None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-        dx, dr = _matmul_dgrad(grad, weight, x, static, ctx.slices, mask, 0.0, 1.0, False)
-        dr = dr.to(static.dtype) if static is not None else None
-    if ctx.needs_input_grad[1]:
-        dw = _matmul_wgrad(grad, x, input_range, ctx.slices, mask, ctx.inp_res, weight.dtype)
-    if ctx.needs_input_grad[2]:
-        dbias = grad.sum(0, dtype=check.wide_dtype(grad)).to(ctx.bias_dtype)
-    return dx, dw, dbias, dr, None, None, None, None, None, None, None, None
+    if needs_x or needs_range:
+        dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, 0.0, 1.0, False, -1.0, False)
+        dr = dr if static is not None else None
+    if needs_weight or needs_bias:
+        dw, dbias = _matmul_wgrad(
+            grad, x, input_range, ctx.slices, mask, ctx.inp_res, weight.dtype, False, ctx.bias_dtype if needs_bias else None
+        )
+    return dx, dw, dbias if needs_bias else None, dr, *(None,) * 11
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)
@@ -221,6 +471,9 @@ def matmul(
     bound_wmax: Tensor | None = None,
     out_res: float = -1.0,
     seed: Tensor | None = None,
+    weight_wmax: Tensor | None = None,
+    weight_res: float = 0.0,
+    needs_mask: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The analog product ``y [M, N]`` of ``x`` and ``weight``, and the output converter's packed saturation mask.
 
@@ -229,7 +482,8 @@ def matmul(
 
     Args:
         x: Inputs ``[M, K]``, any strides.
-        weight: ``[N, K]`` as the tiles hold it (see :func:`triton_analog.ops.weight`), dtype of ``x``.
+        weight: ``[N, K]`` as the tiles hold it (see :func:`triton_analog.ops.weight`), dtype of ``x``; or int8, numbers of
+            steps, which makes an exact product of integers (not differentiable).
         bias: ``[N]`` or None, added digitally.
         input_range: ``[S]`` (static, absolute value used), ``[S, M]`` (dynamic, a constant of the backward), or None.
         slices: Number of slices of the columns.
@@ -240,15 +494,25 @@ def matmul(
         bound_wmax: ``[S, N]`` or ``[S, 1]``.
         out_res: Output converter's number of steps or its inverse; ``<= 0`` does not round.
         seed: int64 tensor with one element, needed for noise.
+        weight_wmax: Scale of an int8 weight, ``[S, N]`` or ``[S, 1]``.
+        weight_res: Number of states of an int8 weight (at most 254) or its inverse.
+        needs_mask: Whether to write the mask; without it there is no backward through a bound.
 
     Returns:
-        ``y [M, N]`` in the dtype of ``x``, and uint8 ``[S, M, ceil(N / 8)]``: bit ``n % 8`` of byte ``n // 8`` is set where
-        slice ``s`` saturated (no slices without a bound).
+        ``y [M, N]`` in the dtype of ``x``, and int32 ``[S, ceil(N / 128), M, 4]``, a bit for every product that saturated
+        (:func:`triton_analog.reference.pack_bits` has the order); empty without a bound.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
     """
-    check.product(x, weight, slices, input_range)
+    check.matrix("x", x)
+    check.product_operands(x, weight, slices)
+    check.range_kind(input_range, slices, x.shape[0])
+    check.together("x", x, input_range=input_range)
+    if weight.dtype == torch.int8:
+        check.int8_weight(weight, weight_wmax, weight_res, slices, inp_res)
+    else:
+        check.same_dtype("x", x, weight=weight)
     N = weight.shape[0]
     check.input_converter(inp_res, input_range, x)
     check.bias(bias, N)
@@ -256,7 +520,8 @@ def matmul(
     check.wmax_shape("noise_wmax", noise_wmax, slices, N)
     check.wmax_shape("bound_wmax", bound_wmax, slices, N)
     check.together("x", x, bias=bias, noise_wmax=noise_wmax, bound_wmax=bound_wmax, seed=seed)
+    check.together("x", x, weight_wmax=weight_wmax)
     return _matmul(
         x, weight, bias, input_range, slices, float(inp_res), out_noise, noise_wmax, out_bound, bound_wmax, float(out_res),
-        seed,
+        seed, weight_wmax, float(weight_res), needs_mask,
     )  # fmt: skip

@@ -13,102 +13,190 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_analog import reference
-from triton_analog.lang import cast, dot, slice_bounds
-from triton_analog.launch import aligned, block, input_precision, launch, runs_kernel
+from triton_analog.lang import cast, dot, slice_bounds, to_steps
+from triton_analog.launch import aligned, block, describable, input_precision, launch, nvidia_capability, runs_kernel, slices_describable
 from triton_analog.ops import _checks as check
+from triton_analog.ops._tiles import column_parts, descriptor, flagged_columns, grouped, load_tile, saturated
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
+from triton_analog.reference.grid import half_steps
 
 
 @dataclass(frozen=True)
 class MatmulDgradConfig:
+    """``PARTS``: column parts (1, 2 or 4) of a tile that are finished one after the other, to keep fewer registers in use.
+    ``DESCRIPTORS``: load through tensor descriptors where the operands' layout allows it."""
+
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
-    num_warps: int = 4
+    GROUP_M: int = 16
+    PARTS: int = 1
+    DESCRIPTORS: bool = True
+    num_warps: int = 8
     num_stages: int = 3
 
 
-def default_config(rows: int, columns: int, width: int, dtype: torch.dtype) -> MatmulDgradConfig:
-    return MatmulDgradConfig(
-        BLOCK_M=block(rows, 64), BLOCK_N=block(columns, 32 if dtype == torch.float32 else 64), BLOCK_K=block(width, 128)
-    )
+def default_config(rows: int, columns: int, width: int, dtype: torch.dtype, capability: int) -> MatmulDgradConfig:
+    if capability < 90 or dtype == torch.float32:
+        return MatmulDgradConfig(
+            block(rows, 64), block(columns, 32 if dtype == torch.float32 else 64), block(width, 128),
+            PARTS=4, DESCRIPTORS=capability >= 90,
+        )  # fmt: skip
+    return MatmulDgradConfig(block(rows, 128), block(columns, 64), block(width, 128), PARTS=2, num_stages=4)
 
 
 @triton.jit
-def drop_saturated(grad, mask_ptr, s, m, n, M, N):
-    """A tile of ``grad`` with 0 where slice ``s`` saturated."""
-    row_bytes = tl.cdiv(N, 8)
-    address = (M.to(tl.int64) * s + m[:, None]) * row_bytes + n[None, :] // 8
-    byte = tl.load(mask_ptr + address, mask=(m < M)[:, None] & (n < N)[None, :], other=0).to(tl.int32)
-    return tl.where((byte >> (n % 8).to(tl.int32)[None, :]) & 1 != 0, 0.0, grad)
+def clip_flags(x_ptr, clipped_ptr, range_ptr, s, m, k, M, K, stride_m, stride_k, inside, INT8: tl.constexpr):
+    """A tile of the input, and where it is at or beyond the range on either side, and within it.
+
+    The input is as it was, or int8 numbers of steps with these flags kept as bits (``dac_steps``).
+    """
+    x = tl.load(x_ptr + m[:, None] * stride_m + k[None, :] * stride_k, mask=inside, other=0).to(tl.float32)
+    if INT8:
+        row_bytes = tl.cdiv(K, 8)
+        at = clipped_ptr + m[:, None] * row_bytes + k[None, :] // 8
+        bit = (k % 8).to(tl.int32)[None, :]
+        touches = (tl.load(at, mask=inside, other=0).to(tl.int32) >> bit) & 1 != 0
+        passes = (tl.load(at + M.to(tl.int64) * row_bytes, mask=inside, other=0).to(tl.int32) >> bit) & 1 != 0
+        return x, touches & (x >= 0), touches & (x <= 0), passes & inside
+    else:
+        r = tl.abs(tl.load(range_ptr + s).to(tl.float32))
+        return x, inside & (x >= r), inside & (x <= -r), inside & (tl.abs(x) <= r)
+
+
+@triton.jit
+def without_saturated(
+    dx, grad, w, mask_ptr, s, first_m, first_k, M, N, k_end, stride_gm, stride_gn, stride_wn, stride_wk,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``dx`` without the gradients that slice ``s`` did not let pass: the blocks that have any are subtracted again.
+
+    They are rare, and the loop before never has to touch an operand for them.
+    """
+    for chunk in range(0, N, 4096):
+        flags = flagged_columns(mask_ptr, s, first_m, chunk, M, N, BLOCK_M)
+        for i in tl.range(0, 4096 // BLOCK_N, num_stages=1):
+            if (flags >> (i * BLOCK_N // 64)) & (1 if BLOCK_N <= 64 else 3) != 0:
+                first_n = chunk + i * BLOCK_N
+                g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+                b = load_tile(w, first_n, first_k, stride_wn, stride_wk, N, k_end, DESCRIPTORS, BLOCK_N, BLOCK_K)
+                blocked = saturated(mask_ptr, s, first_m, first_n, M, N, BLOCK_M, BLOCK_N)
+                dx = dot(cast(tl.where(blocked, -g.to(tl.float32), 0.0), b.dtype), b, dx, PRECISION)
+    return dx
+
+
+@triton.jit
+def finish_part(
+    dx, x_ptr, clipped_ptr, range_ptr, dx_ptr, steps_ptr, s, m, start, first_column, width, M, K, stride_xm, stride_xk,
+    in_q_max, CLIP: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr, INT8: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store columns of ``dx`` where the input was not clipped; their share of the range's gradient."""
+    column = first_column + tl.arange(0, COLUMNS)
+    k = (start + column).to(tl.int64)
+    inside = (m < M)[:, None] & (column < width)[None, :]
+    widen, unclipped = 0.0, 0.0
+    if CLIP:
+        x, above, below, passes = clip_flags(
+            x_ptr, clipped_ptr, range_ptr, s, m, k, M, K, stride_xm, stride_xk, inside, INT8
+        )
+        widen, unclipped = range_grad_sums(dx, above, below, passes, FAST)
+        dx = tl.where(passes, dx, 0.0)
+        if STEPS:  # the tile is at hand: the weight's gradient needs it converted
+            if not INT8:
+                x = to_steps(x, tl.abs(tl.load(range_ptr + s).to(tl.float32)), in_q_max)
+            tl.store(steps_ptr + m[:, None] * K + k[None, :], cast(x, steps_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr + m[:, None] * K + k[None, :], cast(dx, dx_ptr.dtype.element_ty), mask=inside)
+    return widen, unclipped
 
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_dgrad_kernel(
-    grad_ptr, w_ptr, x_ptr, range_ptr, mask_ptr, dx_ptr, parts_ptr,
-    M, N, K, S, stride_gm, stride_gn, stride_wn, stride_wk, stride_xm, stride_xk,
-    CLIP: tl.constexpr, FAST: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad, w, x_ptr, clipped_ptr, range_ptr, mask_ptr, dx_ptr, steps_ptr, parts_ptr,
+    M, N, K, S, stride_gm, stride_gn, stride_wn, stride_wk, stride_xm, stride_xk, width, in_q_max,
+    CLIP: tl.constexpr, FAST: tl.constexpr, MASK: tl.constexpr, STEPS: tl.constexpr, INT8: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(2)
-    start, width = slice_bounds(s, K, S, ALIGNED)
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k = (start + column).to(tl.int64)
-    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    """``width`` is that of a slice in whole blocks."""
+    blocks_m, blocks_k = tl.cdiv(M, BLOCK_M), width // BLOCK_K
+    block_m, block_k = grouped(tl.program_id(0), blocks_m, S * blocks_k, GROUP_M)
+    s = block_k // blocks_k
+    start, slice_width = slice_bounds(s, K, S, ALIGNED)
+    first_m, first_column = block_m * BLOCK_M, block_k % blocks_k * BLOCK_K
+    first_k, k_end = start + first_column, start + slice_width
+    m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
 
     dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first_n in range(0, N, BLOCK_N):
-        n = first_n + tl.arange(0, BLOCK_N).to(tl.int64)
-        g_inside = (m < M)[:, None] & (n < N)[None, :]
-        w_inside = (n < N)[:, None] & (column < width)[None, :]
-        grad = tl.load(grad_ptr + m[:, None] * stride_gm + n[None, :] * stride_gn, mask=g_inside, other=0.0)
-        if MASK:
-            grad = drop_saturated(grad.to(tl.float32), mask_ptr, s, m, n, M, N)
-        w = tl.load(w_ptr + n[:, None] * stride_wn + k[None, :] * stride_wk, mask=w_inside, other=0.0)
-        dx = dot(cast(grad.to(tl.float32), DTYPE), w, dx, PRECISION)
+        g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+        b = load_tile(w, first_n, first_k, stride_wn, stride_wk, N, k_end, DESCRIPTORS, BLOCK_N, BLOCK_K)
+        dx = dot(g, b, dx, PRECISION)
+    if MASK:
+        dx = without_saturated(
+            dx, grad, w, mask_ptr, s, first_m, first_k, M, N, k_end, stride_gm, stride_gn, stride_wn, stride_wk,
+            PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
-    inside = (m < M)[:, None] & (column < width)[None, :]
+    COLUMNS: tl.constexpr = BLOCK_K // PARTS
+    parts = column_parts(dx, PARTS, BLOCK_M, BLOCK_K)
+    widen, unclipped = 0.0, 0.0
+    for i in tl.static_range(PARTS):
+        if M > i - PARTS:
+            sums = finish_part(
+                parts[i], x_ptr, clipped_ptr, range_ptr, dx_ptr, steps_ptr, s, m, start, first_column + i * COLUMNS,
+                slice_width, M, K, stride_xm, stride_xk, in_q_max, CLIP, FAST, STEPS, INT8, COLUMNS,
+            )  # fmt: skip
+            widen += sums[0]
+            unclipped += sums[1]
     if CLIP:
-        r = tl.abs(tl.load(range_ptr + s).to(tl.float32))
-        x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk, mask=inside, other=0.0).to(tl.float32)
-        widen, unclipped = range_grad_sums(dx, x, r, inside, FAST)
-        part = (s * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+        part = (s * blocks_m + block_m) * blocks_k + block_k % blocks_k
         tl.store(parts_ptr + part * 2, widen)
         tl.store(parts_ptr + part * 2 + 1, unclipped)
-        dx = tl.where(tl.abs(x) <= r, dx, 0.0)
-    tl.store(dx_ptr + m[:, None] * K + k[None, :], cast(dx, dx_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_matmul_dgrad(
     grad: Tensor,
     weight: Tensor,
     x: Tensor,
+    clipped: Tensor | None,
     input_range: Tensor | None,
     slices: int,
     mask: Tensor | None,
     decay: float,
     input_min_percentage: float,
     fast_mode: bool,
+    inp_res: float = -1.0,
+    needs_steps: bool = False,
     config: MatmulDgradConfig | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
-    width = triton.cdiv(K, slices)
-    config = config or default_config(M, N, width, x.dtype)
-    clip = input_range is not None
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
-    dx = torch.empty(M, K, dtype=x.dtype, device=x.device)
-    input_range = input_range.contiguous() if input_range is not None else None
-    parts = torch.empty(slices, grid[0] * grid[1] if clip else 0, 2, dtype=torch.float32, device=x.device)
+    if input_range is None and mask is None:  # then slices make no difference
+        slices = 1
+    config = config or default_config(M, N, triton.cdiv(K, slices), grad.dtype, nvidia_capability(x.device))
+    blocks_m, blocks_k = triton.cdiv(M, config.BLOCK_M), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
+    width, clip = blocks_k * config.BLOCK_K, input_range is not None
+    input_range = None if input_range is None else input_range.contiguous()
+    dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
+    parts = torch.empty(slices, blocks_m * blocks_k if clip else 0, 2, dtype=torch.float32, device=x.device)
+    steps = torch.empty(M if needs_steps else 0, K, dtype=grad.dtype, device=x.device)
+    options = asdict(config)
+    options["DESCRIPTORS"] = descriptors = (
+        config.DESCRIPTORS and describable(grad, weight) and slices_describable(weight, slices)
+    )
     launch(
-        matmul_dgrad_kernel, grid, x.device, grad, weight, x, input_range, mask, dx, parts, M, N, K, slices,
-        *grad.stride(), *weight.stride(), *x.stride(),
-        CLIP=clip, FAST=fast_mode, MASK=mask is not None, PRECISION=input_precision(),
-        ALIGNED=aligned(K, slices), **asdict(config),
+        matmul_dgrad_kernel, (blocks_m * slices * blocks_k,), x.device,
+        descriptor(grad, config.BLOCK_M, config.BLOCK_N, descriptors),
+        descriptor(weight, config.BLOCK_N, config.BLOCK_K, descriptors), x, clipped, input_range, mask, dx, steps, parts,
+        M, N, K, slices, *grad.stride(), *weight.stride(), *x.stride(), width, half_steps(inp_res),
+        CLIP=clip, FAST=fast_mode, MASK=mask is not None, STEPS=needs_steps, INT8=x.dtype == torch.int8,
+        PRECISION=input_precision(), ALIGNED=aligned(K, slices), **options,
     )  # fmt: skip
     if input_range is None:
-        return dx, parts.new_empty(0)
-    return dx, launch_range_grad(parts, input_range, M, K, decay, input_min_percentage, fast_mode)
+        return dx, parts.new_empty(0), steps
+    dr = launch_range_grad(
+        parts, input_range, M, K, decay, input_min_percentage, fast_mode, input_range.dtype
+    )
+    return dx, dr, steps
 
 
 @torch.library.custom_op("triton_analog::matmul_dgrad", mutates_args=())
@@ -116,25 +204,33 @@ def _matmul_dgrad(
     grad: Tensor,
     weight: Tensor,
     x: Tensor,
+    clipped: Tensor | None,
     input_range: Tensor | None,
     slices: int,
     mask: Tensor | None,
     decay: float,
     input_min_percentage: float,
     fast_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    if runs_kernel(x):
-        return launch_matmul_dgrad(grad, weight, x, input_range, slices, mask, decay, input_min_percentage, fast_mode)
+    inp_res: float,
+    needs_steps: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if runs_kernel(grad) and x.numel() > 0:
+        return launch_matmul_dgrad(
+            grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, needs_steps
+        )
     return reference.matmul_dgrad(
-        grad, weight, x, input_range, slices, mask,
-        decay=decay, input_min_percentage=input_min_percentage, fast_mode=fast_mode,
+        grad, weight, x, input_range, slices, mask, clipped=clipped, decay=decay,
+        input_min_percentage=input_min_percentage, fast_mode=fast_mode, inp_res=inp_res, needs_steps=needs_steps,
     )  # fmt: skip
 
 
 @_matmul_dgrad.register_fake
-def _(grad, weight, x, input_range, slices, mask, decay, input_min_percentage, fast_mode):
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(0 if input_range is None else slices, dtype=check.wide_dtype(x))
+def _(
+    grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, needs_steps
+):  # fmt: skip
+    M, K = x.shape
+    dr = torch.empty_like(input_range) if input_range is not None else grad.new_empty(0, dtype=check.wide_dtype(grad))
+    return grad.new_empty(M, K), dr, grad.new_empty(M if needs_steps else 0, K)
 
 
 def matmul_dgrad(
@@ -145,30 +241,50 @@ def matmul_dgrad(
     slices: int,
     mask: Tensor | None = None,
     *,
+    clipped: Tensor | None = None,
     decay: float = 0.0,
     input_min_percentage: float = 0.95,
     fast_mode: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`triton_analog.ops.matmul` in ``x [M, K]`` and in a static ``input_range [S]`` (fp32).
+    inp_res: float = -1.0,
+    needs_steps: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`triton_analog.ops.matmul` in ``x [M, K]`` and in a static ``input_range [S]``.
 
     Args:
         grad: Gradient ``[M, N]`` of the product, any strides.
         weight: ``[N, K]``, the weight of the forward.
-        x: Inputs ``[M, K]`` of the forward.
+        x: Inputs ``[M, K]`` of the forward, or what :func:`triton_analog.ops.dac_steps` kept of them (int8).
         input_range: ``[S]``, or None where nothing clips (no range or a dynamic one); its gradient is then empty.
         slices: Number of slices of the columns.
-        mask: The forward's saturation mask ``[S, M, ceil(N / 8)]``, or None without a bound.
+        mask: The forward's saturation mask, or None without a bound.
+        clipped: The flags of :func:`triton_analog.ops.dac_steps`, needed with an int8 ``x`` and a range.
         decay: Pull of the range towards 0 where almost nothing clips; 0 is off.
         input_min_percentage: Share of unclipped inputs above which ``decay`` acts.
         fast_mode: The plain gradient of a clamp instead of the learned-range rule.
+        inp_res: The input converter's resolution, for ``needs_steps``.
+        needs_steps: Also return the converted input as numbers of steps, which costs little here and saves
+            :func:`triton_analog.ops.matmul_wgrad` a pass. Needs ``input_range`` and ``inp_res``.
+
+    Returns:
+        ``dx [M, K]`` in the dtype of ``grad``, ``dr [S]`` in that of ``input_range``, and the steps ``[M, K]`` in the dtype of ``grad`` (or no rows).
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
     """
-    check.product(x, weight, slices, None)
+    check.product_operands(x, weight, slices)
     check.product_grad(grad, x, weight.shape[0], slices, mask)
+    check.same_dtype("grad", grad, weight=weight)
     if input_range is not None:
         check.static_range(input_range, slices)
         check.together("x", x, input_range=input_range)
+        check.clip_bits(x, clipped)
     check.range_rule(decay, input_min_percentage)
-    return _matmul_dgrad(grad, weight, x, input_range, slices, mask, decay, input_min_percentage, fast_mode)
+    check.resolution("inp_res", inp_res)
+    check.require(
+        not needs_steps or (input_range is not None and inp_res > 0),
+        lambda: "needs_steps: asked for without an input converter; give input_range and inp_res > 0",
+    )
+    return _matmul_dgrad(
+        grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, float(inp_res),
+        needs_steps,
+    )  # fmt: skip

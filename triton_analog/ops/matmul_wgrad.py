@@ -1,6 +1,7 @@
-"""Gradient of the analog product in its weight, the converted input rebuilt on the way in (SEMANTICS 6).
+"""Gradient of the analog product in its weight and bias (SEMANTICS 6).
 
-``dW_s = (g where slice s did not saturate)^T @ x_q``, with a static range as ``unit_s * (g^T @ q)`` on the integers
+``dW_s = (g where slice s did not saturate)^T @ x_q``, with a static range as ``unit_s * (g^T @ q)`` on the converter's
+integers, which lie ready: :mod:`matmul_dgrad` leaves them, or a pass of the converter does. ``db = sum of g over the rows``
 """
 
 from __future__ import annotations
@@ -13,65 +14,110 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_analog import reference
-from triton_analog.lang import DYNAMIC_RANGE, STATIC_RANGE, cast, dot, slice_bounds, step_of
-from triton_analog.launch import aligned, block, input_precision, launch, runs_kernel
+from triton_analog.lang import cast, dot, slice_bounds, step_of
+from triton_analog.launch import aligned, block, describable, input_precision, launch, nvidia_capability, runs_kernel, slices_describable
 from triton_analog.ops import _checks as check
-from triton_analog.ops.dac import load_range, operand, range_mode
-from triton_analog.ops.matmul_dgrad import drop_saturated
+from triton_analog.ops._tiles import descriptor, flagged_rows, grouped, load_tile, saturated
+from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
+
+
+BIAS_COLUMNS = tl.constexpr(32)
+"""Columns of the gradient that one program sums."""
 
 
 @dataclass(frozen=True)
 class MatmulWgradConfig:
+    """``DESCRIPTORS``: load through tensor descriptors where the operands' layout allows it."""
+
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
-    num_warps: int = 4
+    GROUP_N: int = 16
+    DESCRIPTORS: bool = True
+    num_warps: int = 8
     num_stages: int = 3
 
 
-def default_config(columns: int, width: int, rows: int, dtype: torch.dtype) -> MatmulWgradConfig:
-    return MatmulWgradConfig(
-        BLOCK_M=block(rows, 32 if dtype == torch.float32 else 64), BLOCK_N=block(columns, 64), BLOCK_K=block(width, 128)
-    )
+def default_config(columns: int, width: int, rows: int, dtype: torch.dtype, capability: int) -> MatmulWgradConfig:
+    if capability < 90 or dtype == torch.float32:
+        return MatmulWgradConfig(
+            block(rows, 32 if dtype == torch.float32 else 64), block(columns, 64), block(width, 128),
+            DESCRIPTORS=capability >= 90,
+        )  # fmt: skip
+    return MatmulWgradConfig(block(rows, 64), block(columns, 128), block(width, 256 if columns > 64 else 128))
+
+
+@triton.jit
+def without_saturated(
+    dw, grad, x, mask_ptr, s, first_n, first_k, M, N, k_end, stride_gm, stride_gn, stride_xm, stride_xk,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``dw`` without the gradients that slice ``s`` did not let pass: the blocks that have any are subtracted again."""
+    for chunk in range(0, M, 64 * BLOCK_M):
+        flags = flagged_rows(mask_ptr, s, chunk, first_n, M, N, BLOCK_M)
+        for i in tl.range(0, 64, num_stages=1):
+            if (flags >> i) & 1 != 0:
+                first_m = chunk + i * BLOCK_M
+                g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+                b = load_tile(x, first_m, first_k, stride_xm, stride_xk, M, k_end, DESCRIPTORS, BLOCK_M, BLOCK_K)
+                blocked = saturated(mask_ptr, s, first_m, first_n, M, N, BLOCK_M, BLOCK_N)
+                dw = dot(tl.trans(cast(tl.where(blocked, -g.to(tl.float32), 0.0), b.dtype)), b, dw, PRECISION)
+    return dw
+
+
+@triton.jit
+def sum_columns(
+    grad_ptr, out_ptr, first_n, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first_m in range(0, M, BLOCK_M):
+        m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        total += tl.load(grad_ptr + m[:, None] * stride_m + n[None, :] * stride_n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_wgrad_kernel(
-    grad_ptr, x_ptr, range_ptr, mask_ptr, dw_ptr,
+    grad, x, grad_ptr, range_ptr, mask_ptr, dw_ptr, dbias_ptr,
     M, N, K, S, stride_gm, stride_gn, stride_xm, stride_xk, in_q_max,
-    MODE: tl.constexpr, DAC: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(2)
-    start, width = slice_bounds(s, K, S, ALIGNED)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k = (start + column).to(tl.int64)
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    """With ``BIAS`` the first programs sum columns of the gradient."""
+    program, blocks_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    if BIAS:
+        programs = tl.cdiv(N, BIAS_COLUMNS)
+        if program < programs:
+            sum_columns(grad_ptr, dbias_ptr, program * BIAS_COLUMNS, M, N, stride_gm, stride_gn, 256, BIAS_COLUMNS)
+            return
+        program -= programs
+    blocks_k = tl.cdiv(tl.cdiv(K, S), BLOCK_K)
+    block_n, block_k = grouped(program, blocks_n, S * blocks_k, GROUP_N)
+    s = block_k // blocks_k
+    start, slice_width = slice_bounds(s, K, S, ALIGNED)
+    first_n, first_column = block_n * BLOCK_N, block_k % blocks_k * BLOCK_K
+    first_k, k_end = start + first_column, start + slice_width
 
     dw = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    r = tl.zeros((BLOCK_M if MODE == DYNAMIC_RANGE else 1, 1), tl.float32)
-    if MODE == STATIC_RANGE:
-        r = load_range(range_ptr, s, n, M, MODE)
     for first_m in range(0, M, BLOCK_M):
-        m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
-        x_inside = (m < M)[:, None] & (column < width)[None, :]
-        x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk, mask=x_inside, other=0.0)
-        if MODE == DYNAMIC_RANGE:
-            r = load_range(range_ptr, s, m, M, MODE)
-        x_q = operand(x, r, in_q_max, MODE, DAC, DTYPE)
-        if MODE == DYNAMIC_RANGE and DAC:  # the step differs from row to row, so it cannot wait for the epilogue
-            x_q = cast(x_q.to(tl.float32) * step_of(r, in_q_max), DTYPE)
-        g_inside = (m < M)[:, None] & (n < N)[None, :]
-        grad = tl.load(grad_ptr + m[:, None] * stride_gm + n[None, :] * stride_gn, mask=g_inside, other=0.0)
-        if MASK:
-            grad = drop_saturated(grad.to(tl.float32), mask_ptr, s, m, n, M, N)
-        dw = dot(tl.trans(cast(grad.to(tl.float32), DTYPE)), x_q, dw, PRECISION)
-    if MODE == STATIC_RANGE and DAC:
-        dw *= step_of(r, in_q_max)
-    inside = (n < N)[:, None] & (column < width)[None, :]
-    tl.store(dw_ptr + n[:, None] * K + k[None, :], cast(dw, dw_ptr.dtype.element_ty), mask=inside)
+        g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+        b = load_tile(x, first_m, first_k, stride_xm, stride_xk, M, k_end, DESCRIPTORS, BLOCK_M, BLOCK_K)
+        dw = dot(tl.trans(g), b, dw, PRECISION)
+    if MASK:
+        dw = without_saturated(
+            dw, grad, x, mask_ptr, s, first_n, first_k, M, N, k_end, stride_gm, stride_gn, stride_xm, stride_xk,
+            PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    if SCALE:
+        dw *= step_of(tl.abs(tl.load(range_ptr + s + tl.zeros((1, 1), tl.int32)).to(tl.float32)), in_q_max)
+    n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    column = first_column + tl.arange(0, BLOCK_K)
+    inside = (n < N)[:, None] & (column < slice_width)[None, :]
+    address = dw_ptr + n[:, None] * K + (start + column).to(tl.int64)[None, :]
+    tl.store(address, cast(dw, dw_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_matmul_wgrad(
@@ -82,21 +128,38 @@ def launch_matmul_wgrad(
     mask: Tensor | None,
     inp_res: float,
     dtype: torch.dtype,
+    converted: bool = False,
+    bias_dtype: torch.dtype | None = None,
     config: MatmulWgradConfig | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, grad.shape[1]
-    width = triton.cdiv(K, slices)
-    config = config or default_config(N, width, M, x.dtype)
+    if input_range is None and mask is None:  # then slices make no difference
+        slices = 1
     q_max = half_steps(inp_res)
+    static = input_range is not None and input_range.ndim == 1
+    if input_range is not None and not (converted and static and x.dtype == grad.dtype):
+        if converted and static:
+            x = x.to(grad.dtype)
+        else:  # the step of a dynamic range differs from row to row, so it cannot wait for the end
+            x = launch_dac(x, input_range, slices, inp_res, dtype=grad.dtype, values=not static, converted=converted)
+    config = config or default_config(N, triton.cdiv(K, slices), M, grad.dtype, nvidia_capability(x.device))
+    blocks_n, blocks_k = triton.cdiv(N, config.BLOCK_N), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
     dw = torch.empty(N, K, dtype=dtype, device=x.device)
-    grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(width, config.BLOCK_K), slices)
+    dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
+    options = asdict(config)
+    options["DESCRIPTORS"] = descriptors = (
+        config.DESCRIPTORS and describable(grad, x) and slices_describable(x, slices)
+    )
     launch(
-        matmul_wgrad_kernel, grid, x.device, grad, x, None if input_range is None else input_range.contiguous(), mask, dw,
+        matmul_wgrad_kernel, (blocks_n * slices * blocks_k + (triton.cdiv(N, BIAS_COLUMNS.value) if bias_dtype is not None else 0),), x.device,
+        descriptor(grad, config.BLOCK_M, config.BLOCK_N, descriptors),
+        descriptor(x, config.BLOCK_M, config.BLOCK_K, descriptors), grad,
+        None if input_range is None else input_range.contiguous(), mask, dw, dbias,
         M, N, K, slices, *grad.stride(), *x.stride(), q_max,
-        MODE=range_mode(input_range), DAC=input_range is not None and q_max > 0, MASK=mask is not None,
-        PRECISION=input_precision(), ALIGNED=aligned(K, slices), **asdict(config),
+        SCALE=static and q_max > 0, MASK=mask is not None, BIAS=bias_dtype is not None, PRECISION=input_precision(),
+        ALIGNED=aligned(K, slices), **options,
     )  # fmt: skip
-    return dw
+    return dw, dbias
 
 
 @torch.library.custom_op("triton_analog::matmul_wgrad", mutates_args=())
@@ -108,15 +171,20 @@ def _matmul_wgrad(
     mask: Tensor | None,
     inp_res: float,
     dtype: torch.dtype,
-) -> Tensor:
-    if runs_kernel(x) and grad.numel() > 0:
-        return launch_matmul_wgrad(grad, x, input_range, slices, mask, inp_res, dtype)
-    return reference.matmul_wgrad(grad, x, input_range, slices, mask, inp_res=inp_res, dtype=dtype)
+    converted: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    if runs_kernel(grad) and x.numel() > 0:
+        return launch_matmul_wgrad(grad, x, input_range, slices, mask, inp_res, dtype, converted, bias_dtype)
+    return reference.matmul_wgrad(
+        grad, x, input_range, slices, mask, inp_res=inp_res, dtype=dtype, converted=converted, bias_dtype=bias_dtype
+    )
 
 
 @_matmul_wgrad.register_fake
-def _(grad, x, input_range, slices, mask, inp_res, dtype):
-    return x.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
+def _(grad, x, input_range, slices, mask, inp_res, dtype, converted, bias_dtype):
+    dw = grad.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
+    return dw, grad.new_empty(0 if bias_dtype is None else grad.shape[1], dtype=bias_dtype or dtype)
 
 
 def matmul_wgrad(
@@ -128,26 +196,37 @@ def matmul_wgrad(
     *,
     inp_res: float = -1.0,
     dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Gradient of :func:`triton_analog.ops.matmul` in its weight: ``[N, K]``, accumulated in fp32.
+    converted: bool = False,
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`triton_analog.ops.matmul` in its weight, ``[N, K]``, and bias, ``[N]``, accumulated in fp32.
 
     Args:
         grad: Gradient ``[M, N]`` of the product, any strides.
-        x: Inputs ``[M, K]`` of the forward, as they were before the converter.
+        x: Inputs ``[M, K]`` of the forward, as they were before the converter unless ``converted``.
         input_range: ``[S]``, ``[S, M]`` or None, as in the forward.
         slices: Number of slices of the columns.
-        mask: The forward's saturation mask ``[S, M, ceil(N / 8)]``, or None without a bound.
+        mask: The forward's saturation mask, or None without a bound.
         inp_res: The input converter's resolution, as in the forward.
-        dtype: Of the result; default that of ``x``.
+        dtype: Of the weight's gradient; default that of ``grad``.
+        converted: ``x`` holds numbers of steps: those of :func:`triton_analog.ops.matmul_dgrad` in the dtype of ``grad``, or
+            of :func:`triton_analog.ops.dac_steps` in int8.
+        bias_dtype: Of the bias's gradient; None leaves it out (no elements).
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
     """
-    check.matrix("x", x)
+    check.matrix("x", x, integers=converted)
     check.slice_count(x.shape[1], slices)
     check.matrix("grad", grad)
     check.product_grad(grad, x, grad.shape[1], slices, mask)
     check.range_kind(input_range, slices, x.shape[0])
     check.together("x", x, input_range=input_range)
-    check.input_converter(inp_res, input_range, x)
-    return _matmul_wgrad(grad, x, input_range, slices, mask, float(inp_res), dtype or x.dtype)
+    check.input_converter(inp_res, input_range, grad)
+    check.require(
+        not converted or inp_res > 0,
+        lambda: f"converted: x holds steps, but inp_res is {inp_res}; give the converter's resolution",
+    )
+    return _matmul_wgrad(
+        grad, x, input_range, slices, mask, float(inp_res), dtype or grad.dtype, converted, bias_dtype
+    )

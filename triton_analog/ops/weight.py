@@ -15,19 +15,23 @@ from torch import Tensor
 from triton_analog import reference
 from triton_analog.lang import (
     WEIGHT_STREAM,
-    cast,
     clamp,
     normal_tile,
     round_even,
-    slice_bounds,
-    slice_of,
     step_of,
     steps_per_unit,
     to_steps,
 )
 from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
-from triton_analog.ops.absmax import launch_absmax
+from triton_analog.ops._columns import column_masks, load_tile, slice_span, store_tile
+from triton_analog.ops.absmax import (
+    absmax_of_rows,
+    largest_magnitude,
+    launch_absmax,
+    launch_absmax_and_maxima,
+    magnitude_bits,
+)
 from triton_analog.reference.grid import half_steps
 
 
@@ -38,40 +42,89 @@ class WeightConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, features: int) -> WeightConfig:
-    return WeightConfig(BLOCK_N=block(rows, 16), BLOCK_K=block(features, 64))
+def default_config(rows: int, width: int, per_thread: int) -> WeightConfig:
+    """Tiles as wide as a slice, if that is possible, so that it stays in registers: ``per_thread`` numbers to a thread."""
+    block_k = block(width, 4096)
+    num_warps = 8 if block_k > 128 * per_thread else 4
+    block_n = block(rows, 32 * num_warps * per_thread // block_k, smallest=1)
+    return WeightConfig(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
 
 
 @triton.jit
-def weight_kernel(
-    w_ptr, quant_ptr, noise_ptr, seed_ptr, out_ptr, N, K, S, stride_n, stride_k, quant_columns, noise_columns,
-    q_max, std_dev,
-    CLAMP: tl.constexpr, QUANTIZE: tl.constexpr, NOISE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def largest_of_slice(maxima_ptr, s, P, BLOCK_P: tl.constexpr):
+    """The largest of ``maxima [S, P]`` of slice ``s``, ``[1, 1]``."""
+    p = tl.arange(0, BLOCK_P)
+    maxima = tl.load(maxima_ptr + s.to(tl.int64) * P + p, mask=p < P, other=0.0)
+    return (tl.full((1, 1), 0, tl.int32) + tl.max(magnitude_bits(maxima))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def modify(
+    w, quant_scale, noise_scale, seed_ptr, n, k, q_max, std_dev, CLAMP: tl.constexpr, QUANTIZE: tl.constexpr,
+    INTEGERS: tl.constexpr, NOISE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``quant [S, N or 1]`` and ``noise [S, N or 1]`` are the scales of clip or quantization and of the noise."""
-    first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
-    first_k = tl.program_id(1).to(tl.int64) * BLOCK_K
-    n = first_n + tl.arange(0, BLOCK_N)[:, None]
-    k = first_k + tl.arange(0, BLOCK_K)[None, :]
-    inside = (n < N) & (k < K)
-    s = slice_of(k, K, S)
-    w = tl.load(w_ptr + n * stride_n + k * stride_k, mask=inside, other=0.0).to(tl.float32)
-    if CLAMP or QUANTIZE:
-        bound = tl.load(quant_ptr + s * quant_columns + n % quant_columns, mask=inside, other=0.0)
-        if QUANTIZE:
-            w = to_steps(w, bound, q_max) * step_of(bound, q_max)
-        else:
-            w = clamp(w, bound)
+    """The tile of the weight from row ``n`` and column ``k`` on, clipped or quantized, then disturbed."""
+    if QUANTIZE:
+        w = to_steps(w, quant_scale, q_max)
+        if not INTEGERS:
+            w *= step_of(quant_scale, q_max)
+    elif CLAMP:
+        w = clamp(w, quant_scale)
     if NOISE:
-        scale = tl.load(noise_ptr + s * noise_columns + n % noise_columns, mask=inside, other=0.0)
-        z = normal_tile(tl.load(seed_ptr), first_n, first_k, 0, WEIGHT_STREAM, BLOCK_N, BLOCK_K)
-        w += (std_dev * scale) * z
-    tl.store(out_ptr + n * K + k, cast(w, out_ptr.dtype.element_ty), mask=inside)
+        w += (std_dev * noise_scale) * normal_tile(tl.load(seed_ptr), n, k, 0, WEIGHT_STREAM, BLOCK_N, BLOCK_K)
+    return w
 
 
-def _scale(wmax: Tensor, kind: str) -> Tensor:
-    """``wmax [S, N]`` per channel, or the largest of each slice ``[S, 1]``."""
-    return wmax.amax(1, keepdim=True) if kind == "per_tensor" else wmax
+@triton.jit(do_not_specialize=["N", "P"])
+def weight_kernel(
+    w_ptr, clip_ptr, maxima_ptr, seed_ptr, wmax_ptr, out_ptr, N, K, S, P, stride_n, stride_k, stride_cs, stride_cn,
+    q_max, std_dev, QUANTIZATION: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr, ONE_TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one slice, which is read once if it fits in ``ONE_TILE``.
+
+    ``wmax [S, N]`` is the learned clip's magnitude, or found here; both are stored. If an earlier launch left ``maxima
+    [S, P]`` of it, because something is per tensor, it left ``wmax`` too.
+    """
+    s = tl.program_id(0) % S
+    first_n = (tl.program_id(0) // S).to(tl.int64) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
+    origin, start, end = slice_span(s, K, S, ALIGNED)
+    if ONE_TILE:
+        k = origin + tl.arange(0, BLOCK_K)
+        loaded, inside = column_masks(k, start, end, K, ALIGNED)
+        w = load_tile(w_ptr, n, k, stride_n, stride_k, N, loaded)
+
+    wmax_ptr += s.to(tl.int64) * N
+    if clip_ptr is not None:
+        clip = tl.load(clip_ptr + s.to(tl.int64) * stride_cs + n * stride_cn, mask=n < N, other=0.0)
+        wmax = tl.abs(clip.to(tl.float32))
+    elif maxima_ptr is not None:
+        wmax = tl.load(wmax_ptr + n, mask=n < N, other=0.0)
+    else:
+        if ONE_TILE:
+            bits = largest_magnitude(w, inside)
+        else:
+            bits = absmax_of_rows(w_ptr, n, N, origin, start, end, K, stride_n, stride_k, ALIGNED, BLOCK_N, BLOCK_K)
+        wmax = bits.to(tl.float32, bitcast=True)
+    if clip_ptr is not None or maxima_ptr is None:
+        tl.store(wmax_ptr + n, wmax, mask=n < N)
+    quant_scale, noise_scale = wmax[:, None], wmax[:, None]
+    if QUANTIZATION == "per_tensor":
+        quant_scale = largest_of_slice(maxima_ptr, s, P, BLOCK_P)
+    if NOISE == "per_tensor":
+        noise_scale = largest_of_slice(maxima_ptr, s, P, BLOCK_P)
+
+    for first in range(origin, end, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        if not ONE_TILE:
+            loaded, inside = column_masks(k, start, end, K, ALIGNED)
+            w = load_tile(w_ptr, n, k, stride_n, stride_k, N, loaded)
+        new = modify(
+            w, quant_scale, noise_scale, seed_ptr, first_n, first, q_max, std_dev, clip_ptr is not None,
+            QUANTIZATION != "none", out_ptr.dtype.element_ty == tl.int8, NOISE != "none", BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        store_tile(out_ptr, new, n, k, N, K, start, end, ALIGNED)
 
 
 def launch_weight(
@@ -87,16 +140,25 @@ def launch_weight(
     config: WeightConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
-    config = config or default_config(N, K)
-    wmax = launch_absmax(weight, slices) if clip is None else clip.float().abs().contiguous()
-    quant, noise = _scale(wmax, quantization), _scale(wmax, noise_type)
-    q_max = half_steps(res) if quantization != "none" else 0.0
+    noise_type = noise_type if std_dev > 0 else "none"
+    width = triton.cdiv(K, slices) + (0 if aligned(K, slices) else 15)  # a slice's first tile may begin before it
+    # 32 numbers to a thread keep more loads in flight; 16 fit with noise or with slices that start anywhere.
+    config = config or default_config(N, width, 32 if noise_type == "none" and aligned(K, slices) else 16)
+    per_tensor = "per_tensor" in (quantization, noise_type)
+    maxima: Tensor | None = None
+    if per_tensor and clip is None:
+        wmax, maxima = launch_absmax_and_maxima(weight, slices)
+    else:
+        wmax = torch.empty(slices, N, dtype=torch.float32, device=weight.device)
+    if per_tensor and clip is not None:
+        maxima = launch_absmax(clip, 1).T
+    P = 1 if maxima is None else maxima.shape[1]
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
-    grid = (triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K))
     launch(
-        weight_kernel, grid, weight.device, weight, quant, noise, seed, out, N, K, slices, *weight.stride(),
-        quant.shape[1], noise.shape[1], q_max, std_dev,
-        CLAMP=clip is not None, QUANTIZE=q_max > 0, NOISE=noise_type != "none" and std_dev > 0, **asdict(config),
+        weight_kernel, (triton.cdiv(N, config.BLOCK_N) * slices,), weight.device, weight, clip, maxima, seed, wmax, out,
+        N, K, slices, P, *weight.stride(), *((0, 0) if clip is None else clip.stride()), half_steps(res), std_dev,
+        QUANTIZATION=quantization, NOISE=noise_type, ALIGNED=aligned(K, slices), ONE_TILE=width <= config.BLOCK_K,
+        BLOCK_P=block(P, 2**20), **asdict(config),
     )  # fmt: skip
     return out, wmax
 
@@ -146,6 +208,21 @@ def _backward(ctx, grad, _):
 _weight.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _check_dtype(dtype: torch.dtype, quantization: str, res: float, noise_type: str) -> None:
+    """A weight can be given in ``dtype``."""
+    if dtype in check.DTYPES:
+        return
+    if dtype != torch.int8:
+        raise TypeError(f"dtype: got {dtype}; allowed are float32, bfloat16, float16, float64 and int8")
+    check.require(
+        quantization != "none" and half_steps(res) <= 127 and noise_type == "none",
+        lambda: (
+            f"dtype: got {dtype} with quantization {quantization!r}, {2 * half_steps(res):g} states and noise_type "
+            f"{noise_type!r}; allowed for int8 is a quantization to at most 254 states without noise"
+        ),
+    )
+
+
 def weight(
     weight: Tensor,
     slices: int,
@@ -160,7 +237,9 @@ def weight(
 ) -> tuple[Tensor, Tensor]:
     """The weight as the tiles hold it, ``[N, K]``, and its scale ``wmax [S, N]`` (fp32). The argument is never changed.
 
-    Differentiable: the identity through quantization and noise; with a learned clip the gradients of SEMANTICS 6.
+    Differentiable: the identity through quantization and noise; with a learned clip the gradients of SEMANTICS 6. As int8
+    it is not: the weight is then given as its number of steps, ``-Q .. Q`` with ``Q = states / 2``, so that it is this number
+    times ``wmax / Q`` (the slice's largest ``wmax`` for ``"per_tensor"``). NaN makes ``wmax`` NaN and the steps arbitrary.
 
     Args:
         weight: ``[N, K]``, torch's linear layout.
@@ -171,7 +250,7 @@ def weight(
         noise_type: ``"none"``, ``"per_tensor"`` or ``"per_channel"``.
         std_dev: Standard deviation of the noise in units of ``wmax`` (its largest channel's for ``"per_tensor"``).
         seed: int64 tensor with one element, needed for noise: the same seed gives the same noise again.
-        dtype: Of the result; default that of ``weight``.
+        dtype: Of the result; default that of ``weight``. int8 needs a quantization to at most 254 states and no noise.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
@@ -181,42 +260,45 @@ def weight(
     check.non_negative("std_dev", std_dev)
     check.seed_given(seed, noise_type != "none" and std_dev > 0, "weight noise")
     check.together("weight", weight, seed=seed)
-    return _weight(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype or weight.dtype)
+    dtype = dtype or weight.dtype
+    _check_dtype(dtype, quantization, res, noise_type if std_dev > 0 else "none")
+    return _weight(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype)
 
 
 # ---- Gradient of the learned clip -----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def weight_grad_kernel(
-    grad_ptr, w_ptr, clip_ptr, dw_ptr, dclip_ptr, N, K, S, stride_gn, stride_gk, stride_wn, stride_wk, q_max,
+    grad_ptr, w_ptr, clip_ptr, dw_ptr, dclip_ptr, N, K, S, stride_gn, stride_gk, stride_wn, stride_wk,
+    stride_cs, stride_cn, q_max,
     QUANTIZE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(1)
-    start, width = slice_bounds(s, K, S, ALIGNED)
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    clip_address = s.to(tl.int64) * N + n
-    clip = tl.load(clip_ptr + clip_address, mask=n < N, other=0.0).to(tl.float32)
+    s = tl.program_id(0) % S
+    n = (tl.program_id(0) // S).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    origin, start, end = slice_span(s, K, S, ALIGNED)
+    clip = tl.load(clip_ptr + s.to(tl.int64) * stride_cs + n * stride_cn, mask=n < N, other=0.0).to(tl.float32)
     bound = tl.abs(clip)[:, None]
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for first in range(0, width, BLOCK_K):
-        column = first + tl.arange(0, BLOCK_K)
-        k = (start + column).to(tl.int64)[None, :]
-        inside = (n < N)[:, None] & (column < width)[None, :]
-        w = tl.load(w_ptr + n[:, None] * stride_wn + k * stride_wk, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + n[:, None] * stride_gn + k * stride_gk, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(origin, end, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        loaded, inside = column_masks(k, start, end, K, ALIGNED)
+        w = load_tile(w_ptr, n, k, stride_wn, stride_wk, N, loaded)
+        grad = load_tile(grad_ptr, n, k, stride_gn, stride_gk, N, loaded)
         outside = tl.abs(w) > bound
         if QUANTIZE:
-            q = clamp(w * steps_per_unit(bound, q_max), q_max)
+            q = w * steps_per_unit(bound, q_max)
             t = round_even(q) - q
         else:
             t = tl.zeros_like(w)
         t = tl.where(outside, tl.where(w > 0, q_max, -q_max), t)
-        total += grad * t
-        dw = cast(tl.where(outside, 0.0, grad), dw_ptr.dtype.element_ty)
-        tl.store(dw_ptr + n[:, None] * K + k, dw, mask=inside)
-    dclip = tl.sum(total, axis=1) / tl.sqrt_rn(q_max * (N * 1.0 * width))
-    tl.store(dclip_ptr + clip_address, tl.where(clip < 0, -dclip, dclip), mask=n < N)
+        product = grad * t
+        if not ALIGNED:  # columns of the slices beside it
+            product = tl.where(inside[None, :], product, 0.0)
+        total += tl.sum(product, axis=1)
+        store_tile(dw_ptr, tl.where(outside, 0.0, grad), n, k, N, K, start, end, ALIGNED)
+    dclip = total / tl.sqrt_rn(q_max * (N * 1.0 * (end - start)))
+    tl.store(dclip_ptr + s.to(tl.int64) * N + n, tl.where(clip < 0, -dclip, dclip), mask=n < N)
 
 
 def launch_weight_grad(
@@ -229,13 +311,13 @@ def launch_weight_grad(
     config: WeightConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
-    config = config or default_config(N, triton.cdiv(K, slices))
+    config = config or default_config(N, triton.cdiv(K, slices), 16)
     quantized = quantization != "none"
     dw = torch.empty(N, K, dtype=grad.dtype, device=grad.device)
     dclip = torch.empty(slices, N, dtype=torch.float32, device=grad.device)
     launch(
-        weight_grad_kernel, (triton.cdiv(N, config.BLOCK_N), slices), grad.device, grad, weight, clip.contiguous(), dw,
-        dclip, N, K, slices, *grad.stride(), *weight.stride(), half_steps(res) if quantized else 1.0,
+        weight_grad_kernel, (triton.cdiv(N, config.BLOCK_N) * slices,), grad.device, grad, weight, clip, dw, dclip, N, K,
+        slices, *grad.stride(), *weight.stride(), *clip.stride(), half_steps(res) if quantized else 1.0,
         QUANTIZE=quantized, ALIGNED=aligned(K, slices), **asdict(config),
     )  # fmt: skip
     return dw, dclip

@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from triton_analog import launch
@@ -116,12 +117,19 @@ class Specialization:
     key: str
 
 
-def record(function: Callable[[], object]) -> list[Launch]:
-    """The launches of ``function``, none of which is started."""
+def record(function: Callable[[], object], target: str) -> list[Launch]:
+    """The launches of ``function`` as they would be for ``target``; none is started."""
     launches: list[Launch] = []
-    with launch.recording(lambda *launched: launches.append(Launch(*launched))):
+    with launch.recording(lambda *launched: launches.append(Launch(*launched)), TARGETS[target]):
         function()
     return launches
+
+
+class _Target:
+    """A driver that knows its target and nothing else: kernels ask Triton's active driver what they are compiled for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.get_current_target = lambda: target
 
 
 def _specialize(launched: Launch, target: str) -> tuple[ASTSource, dict[str, Any], str]:
@@ -143,7 +151,11 @@ def _specialize(launched: Launch, target: str) -> tuple[ASTSource, dict[str, Any
 def compile_launch(launched: Launch, target: str) -> Any:
     """Triton's ``CompiledKernel`` of a recorded launch; tensor descriptors and tuples of arguments included."""
     source, options, _ = _specialize(launched, target)
-    return triton.compile(source, target=TARGETS[target], options=options)
+    previous, driver._active = driver._active, _Target(TARGETS[target])  # its own reset would look for a GPU
+    try:
+        return triton.compile(source, target=TARGETS[target], options=options)
+    finally:
+        driver._active = previous
 
 
 def specializations(op: str, rows: int, target: str = "sm_90", dtype: str = "bf16") -> list[Specialization]:
@@ -157,7 +169,7 @@ def specializations(op: str, rows: int, target: str = "sm_90", dtype: str = "bf1
     return [
         Specialization(variant, launched.kernel.__name__, launched.options, _specialize(launched, target)[2])
         for variant, function in variants(DTYPES[dtype], rows)[op]
-        for launched in record(function)
+        for launched in record(function, target)
     ]
 
 
@@ -203,7 +215,7 @@ def inspect_variant(work: Work) -> list[Report | Failure]:
     """Compile one variant's kernels, one after the other; a failure does not keep the next from being tried."""
     variant, function = variants(DTYPES[work.dtype])[work.op][work.index]
     results: list[Report | Failure] = []
-    for launched in record(function):
+    for launched in record(function, work.target):
         kernel = launched.kernel.__name__
         try:
             numbers = measure(compile_launch(launched, work.target), work.target)

@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 
 from triton_analog.ops.absmax import launch_absmax
-from triton_analog.ops.adc import launch_adc
-from triton_analog.ops.dac import launch_dac
-from triton_analog.ops.input_range import launch_extrema, launch_input_range_grad, launch_input_range_update
+from triton_analog.ops.adc import launch_adc, launch_adc_grad
+from triton_analog.ops.dac import launch_dac, launch_dac_steps
+from triton_analog.ops.input_range import (
+    launch_extrema,
+    launch_input_range_grad,
+    launch_input_range_learn,
+    launch_input_range_update,
+)
 from triton_analog.ops.matmul import launch_matmul
 from triton_analog.ops.matmul_dgrad import launch_matmul_dgrad
 from triton_analog.ops.matmul_wgrad import launch_matmul_wgrad
 from triton_analog.ops.noise import launch_noise
-from triton_analog.ops.std import launch_moments
+from triton_analog.ops.std import launch_moments, launch_std
 from triton_analog.ops.weight import launch_weight, launch_weight_grad
+from triton_analog.reference.adc import mask_shape
 
 Variants = dict[str, list[tuple[str, Callable[[], object]]]]
 
@@ -42,44 +48,81 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
     x, y, w, bias = meta(M, K), meta(M, N), meta(N, K), meta(N)
     static, dynamic, wmax = numbers(S), numbers(S, M), numbers(S, N)
     seed, count = meta(1, dtype=torch.int64), meta(S, dtype=torch.int64)
-    mask = meta(S, M, N // 8, dtype=torch.uint8)
+    mask = meta(*mask_shape(S, M, N), dtype=torch.int32)
+    steps, w8 = meta(M, K, dtype=torch.int8), meta(N, K, dtype=torch.int8)
+    clipped = meta(2, M, K // 8, dtype=torch.uint8)
+    off = (0.0, None, 0.0, None, -1.0, None)
 
     return {
         "absmax": [("plain", lambda: launch_absmax(w, S))],
-        "adc": [("noise+adc", lambda: launch_adc(y, static[:1], 0.04, wmax[0], 10.0, wmax[0], 254.0, seed, 0))],
+        "adc": [
+            ("noise+adc", lambda: launch_adc(y, static[:1], 0.04, wmax[0], 10.0, wmax[0], 254.0, seed, 0)),
+            ("grad", lambda: launch_adc_grad(y, mask[0])),
+        ],
         "dac": [
             ("static", lambda: launch_dac(x, static, S, 254.0)),
             ("dynamic", lambda: launch_dac(x, dynamic, S, 254.0)),
+            ("steps", lambda: launch_dac_steps(x, static, S, 254.0)),
         ],
         "input_range": [
             ("grad", lambda: launch_input_range_grad(x, x, static, S, 0.01, 0.95, False)),
             ("update", lambda: launch_input_range_update(static, count, static, numbers(S, 3), 100, 3.0)),
+            ("learn", lambda: launch_input_range_learn(x, static, count, static, S, 100, 3.0)),
             ("extrema", lambda: launch_extrema(x, S)),
         ],
         "matmul": [
             ("dac+noise+adc", lambda: launch_matmul(x, w, bias, static, S, 254.0, 0.04, wmax, 10.0, wmax, 254.0, seed)),
+            ("dac+adc", lambda: launch_matmul(x, w, bias, static, S, 254.0, 0.0, None, 10.0, wmax, 254.0, None)),
             ("dac+noise", lambda: launch_matmul(x, w, bias, static, S, 254.0, 0.04, wmax, 0.0, None, -1.0, seed)),
-            ("dynamic+adc", lambda: launch_matmul(x, w, bias, dynamic, S, 254.0, 0.0, None, 10.0, wmax, 254.0, None)),
-            ("plain", lambda: launch_matmul(x, w, None, None, S, -1.0, 0.0, None, 0.0, None, -1.0, None)),
+            ("dac", lambda: launch_matmul(x, w, bias, static, S, 254.0, *off)),
+            (
+                "dynamic+noise+adc",
+                lambda: launch_matmul(x, w, bias, dynamic, S, 254.0, 0.04, wmax, 10.0, wmax, 254.0, seed),
+            ),
+            ("dynamic+noise", lambda: launch_matmul(x, w, bias, dynamic, S, 254.0, 0.04, wmax, 0.0, None, -1.0, seed)),
+            ("int8", lambda: launch_matmul(x, w8, bias, static, S, 254.0, *off, wmax, 254.0)),
+            (
+                "int8+adc",
+                lambda: launch_matmul(x, w8, bias, static, S, 254.0, 0.0, None, 10.0, wmax, 254.0, None, wmax, 254.0, False),
+            ),
+            ("plain", lambda: launch_matmul(x, w, None, None, S, -1.0, *off)),
         ],
         "matmul_dgrad": [
-            ("range+mask", lambda: launch_matmul_dgrad(y, w, x, static, S, mask, 0.01, 0.95, False)),
-            ("plain", lambda: launch_matmul_dgrad(y, w, x, None, S, None, 0.0, 0.95, False)),
+            (
+                "range+mask+steps",
+                lambda: launch_matmul_dgrad(y, w, x, None, static, S, mask, 0.01, 0.95, False, 254.0, True),
+            ),
+            ("range+steps", lambda: launch_matmul_dgrad(y, w, x, None, static, S, None, 0.01, 0.95, False, 254.0, True)),
+            (
+                "int8+mask+steps",
+                lambda: launch_matmul_dgrad(y, w, steps, clipped, static, S, mask, 0.01, 0.95, False, 254.0, True),
+            ),
+            ("plain", lambda: launch_matmul_dgrad(y, w, x, None, None, S, None, 0.0, 0.95, False)),
         ],
         "matmul_wgrad": [
-            ("dac+mask", lambda: launch_matmul_wgrad(y, x, static, S, mask, 254.0, torch.float32)),
-            ("dynamic", lambda: launch_matmul_wgrad(y, x, dynamic, S, None, 254.0, torch.float32)),
-            ("plain", lambda: launch_matmul_wgrad(y, x, None, S, None, -1.0, torch.float32)),
+            (
+                "steps+mask+bias",
+                lambda: launch_matmul_wgrad(y, x, static, S, mask, 254.0, dtype, converted=True, bias_dtype=dtype),
+            ),
+            ("dac", lambda: launch_matmul_wgrad(y, x, static, S, None, 254.0, dtype)),
+            ("dynamic", lambda: launch_matmul_wgrad(y, x, dynamic, S, None, 254.0, dtype)),
+            ("plain", lambda: launch_matmul_wgrad(y, x, None, S, None, -1.0, dtype)),
         ],
         "noise": [("plain", lambda: launch_noise(seed, M, N, stream=2, plane=0))],
         "std": [
-            ("plain", lambda: launch_moments(x, S, None)),
-            ("active", lambda: launch_moments(x, S, meta(S, dtype=torch.bool))),
+            ("plain", lambda: launch_std(x, S)),
+            ("moments", lambda: launch_moments(x, S, meta(S, dtype=torch.bool))),
         ],
         "weight": [
             (
                 "quantize+noise",
                 lambda: launch_weight(w, S, None, "per_channel", 254.0, "per_channel", 0.02, seed, dtype),
+            ),
+            ("quantize", lambda: launch_weight(w, S, None, "per_channel", 254.0, "none", 0.0, None, dtype)),
+            ("int8", lambda: launch_weight(w, S, None, "per_channel", 254.0, "none", 0.0, None, torch.int8)),
+            (
+                "per tensor",
+                lambda: launch_weight(w, S, None, "per_tensor", 254.0, "per_tensor", 0.02, seed, dtype),
             ),
             ("clip", lambda: launch_weight(w, S, wmax, "none", 0.0, "none", 0.0, None, dtype)),
             ("grad", lambda: launch_weight_grad(w, w, wmax, S, "per_channel", 254.0)),

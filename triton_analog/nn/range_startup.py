@@ -1,0 +1,150 @@
+"""The start-up of input ranges: the stored ranges of a layer learn from its first training batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.functional import update_input_range
+from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.settings import constant
+from triton_analog.ops.input_range import recomputing
+
+
+class _Ranks:
+    """Holds the process group of a layer, which copies of the layer share and pickles leave behind."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> _Ranks:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Ranks, (None if self.group is None else "world",)
+
+
+class RangeStartup(AnalogLayerBase):
+    """The part of a layer that sets its stored input ranges from data (SEMANTICS 7).
+
+    Each slice learns from its first ``init_from_data`` batches, by a counter on the device. So that nothing is launched for
+    ever after, the host also counts: once a layer has run ``init_from_data`` training forwards, its start-up is over for all
+    slices. Reading the device's counter instead would make the host wait. The two differ for a batch in which a slice does
+    not deviate at all (all zeros, say) or is not finite: it counts on the host but not for that slice, which then has learned
+    from fewer batches. (An empty batch does not count, except in a process group, where ranks must agree without asking.)
+    :meth:`reset_analog_state` starts anew, and loading a state dict goes on where its slowest slice was.
+
+    A compiled forward must not change Python state, so there the device alone ends the start-up, slice by slice, and the
+    statistics go on being launched; they then read nothing but the counter.
+    """
+
+    rpu_config: TorchInferenceRPUConfig
+    input_range: nn.Parameter | None
+    input_range_update_idx: Tensor | None
+    x_min: Tensor | None
+    x_max: Tensor | None
+    input_range_residual: Tensor | None
+
+    _process_group = _Ranks("world")
+    _forwards_seen = 0  # training forwards that the ranges learned from, as the host counts them
+
+    @property
+    def process_group(self) -> Any:
+        """Ranks that share the statistics of the input range's start-up: ``"world"`` (the default) is every rank once
+        ``torch.distributed`` is initialised, None is this rank alone, or a process group.
+
+        Set it where not every rank runs the layer in every step (pipelines, experts): the ranks of the group wait for
+        each other. Copies of the layer share the group; a pickle returns to ``"world"``.
+
+        Raises:
+            ValueError: set to something else.
+        """
+        return self._process_group.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        named = group is None or (isinstance(group, str) and group == "world")
+        if not named and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise ValueError(
+                f"process_group: got {group!r}; allowed are 'world' (every rank), None (this rank alone), and a process "
+                "group that this rank is in, such as torch.distributed.new_group(ranks)"
+            )
+        self._process_group = _Ranks(group)
+
+    def _statistics_group(self) -> Any:
+        """The ranks to share statistics with, or None."""
+        if not isinstance(self.process_group, str):
+            return self.process_group
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return dist.group.WORLD
+        return None
+
+    def _range_starts_up(self) -> bool:
+        """Whether this forward belongs to the start-up of a stored range."""
+        if not self.training or self.input_range is None:
+            return False
+        wanted = self.rpu_config.pre_post.input_range.init_from_data
+        return wanted > 0 and (torch.compiler.is_compiling() or self._forwards_seen < wanted)
+
+    def _learn_range(self, x: Tensor) -> None:
+        """Let the range learn from ``x``, in place; not in a forward recomputed in the backward, whose batch was counted."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and recomputing():
+            return
+        assert self.input_range is not None
+        assert self.input_range_update_idx is not None
+        range_, group = self.rpu_config.pre_post.input_range, self._statistics_group()
+        update_input_range(
+            x,
+            self.input_range,
+            self.input_range_update_idx,
+            max_input_size=constant(self.rpu_config.mapping.max_input_size),
+            init_from_data=constant(range_.init_from_data),
+            init_std_alpha=constant(range_.init_std_alpha),
+            fast_mode=range_.fast_mode,
+            x_min=self.x_min,
+            x_max=self.x_max,
+            act_range_momentum=constant(range_.act_range_momentum),
+            residual=self.input_range_residual,
+            process_group=group,
+        )
+        if not compiling and (x.numel() > 0 or group is not None):
+            self._forwards_seen += 1
+
+    def _restart_range(self) -> None:
+        """The range at its initial value, with the start-up still to come."""
+        self._forwards_seen = 0
+        if self.input_range is not None:
+            self.input_range.fill_(self.rpu_config.pre_post.input_range.init_value)
+            for buffer in (self.input_range_update_idx, self.x_min, self.x_max, self.input_range_residual):
+                assert buffer is not None
+                buffer.zero_()
+
+    def _convert_counter(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Make the counter of AIHWKIT-Lightning's files one of ours; -inf there is a calibrated range, not to start up."""
+        counter = state_dict.get(prefix + "input_range_update_idx")
+        if counter is not None and counter.is_floating_point():
+            over = self.rpu_config.pre_post.input_range.init_from_data
+            state_dict[prefix + "input_range_update_idx"] = torch.where(counter.isfinite(), counter, over).long()
+
+    def _continue_loaded_range(self) -> None:
+        """Count on from the counter that was loaded: the one time that a device's counter is read."""
+        counter = self.input_range_update_idx
+        # Counting too little is harmless (the device knows better), so what has no number to read may be 0.
+        readable = type(counter) is Tensor and not counter.is_meta
+        self._forwards_seen = int(counter.min()) if counter is not None and readable else 0
+
+    @torch.no_grad()
+    def _reset_residual(self) -> None:
+        """No rounding is left from before; anew where loading gave the range another device or dtype (``assign=True``)."""
+        range_, residual = self.input_range, self.input_range_residual
+        if range_ is None or residual is None:
+            return
+        if (residual.device, residual.dtype) == (range_.device, range_.dtype):
+            residual.zero_()
+        else:
+            self.input_range_residual = torch.zeros_like(range_)

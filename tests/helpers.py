@@ -15,11 +15,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 all_views = pytest.mark.parametrize("view", ["contiguous", "transposed", "strided", "column_sliced"])
 
-# The hardware does not ask for it, nor does the compiler.
-unaligned_offsets = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="the interpreter wants a descriptor's offsets to be multiples of 16 bytes"
-)
-
 # ---- Inputs ---------------------------------------------------------------------------------------------------------
 
 
@@ -51,8 +46,8 @@ def viewed(x: Tensor, view: str) -> Tensor:
 
 
 def padded_rows(x: Tensor) -> Tensor:
-    """The matrix ``x`` again, in rows of a multiple of 16 elements: tensor descriptors can address it, if only to its last
-    column. NaN (integers: the largest) lies beyond."""
+    """The matrix ``x`` again, in rows of a multiple of 16 elements, so that tensor descriptors can address it. NaN (integers:
+    the largest) lies beyond its last column."""
     rows, cols = x.shape
     gap = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
     return x.new_full((rows, cols + -cols % 16), gap)[:, :cols].copy_(x)

@@ -18,7 +18,7 @@ from helpers import (
 )
 
 from triton_analog import ops, reference
-from triton_analog.ops.adc import AdcConfig, launch_adc
+from triton_analog.ops.adc import AdcConfig, launch_adc, launch_adc_grad
 
 SHAPES = [(1, 1), (3, 17), (37, 45), (65, 8)]
 
@@ -188,3 +188,39 @@ def test_without_a_bound_the_gradient_passes(backend, device):
     one = tensor([1.0], device)
     ops.adc(y, one, out_noise=0.3, noise_wmax=one, seed=seed_of(1, device)).backward(grad)
     assert torch.equal(y.grad, grad)
+
+
+# ---- The gradient on its own --------------------------------------------------------------------------------------------
+
+
+@all_dtypes
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (37, 45), (3, 127), (2, 300)])
+def test_the_gradient_passes_where_nothing_saturated(rows, columns, dtype, backend, device):
+    """Infinite gradients elsewhere do not matter."""
+    flags = randn(rows, columns, device=device) > 0.5
+    grad = randn(rows, columns, device=device, dtype=dtype)
+    out = ops.adc_grad(grad.masked_fill(flags, torch.inf), packed(flags))
+    assert out.dtype == dtype
+    assert torch.equal(out, grad.masked_fill(flags, 0))
+
+
+@all_views
+def test_gradients_in_any_memory_layout(view, backend, device):
+    grad, flags = randn(7, 45, device=device), randn(7, 45, device=device) > 0.5
+    out = ops.adc_grad(viewed(grad, view), packed(flags))
+    assert out.is_contiguous()
+    assert torch.equal(out, grad.masked_fill(flags, 0))
+    expanded = ops.adc_grad(grad[:1].expand(7, 45), packed(flags))
+    assert torch.equal(expanded, grad[:1].expand(7, 45).masked_fill(flags, 0))
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize("config", [AdcConfig(1, 16), AdcConfig(16, 64), AdcConfig(64, 128)])
+def test_blocks_do_not_change_the_gradient(config, backend, device):
+    grad, flags = randn(21, 150, device=device), randn(21, 150, device=device) > 0.5
+    assert torch.equal(launch_adc_grad(grad, packed(flags), config), grad.masked_fill(flags, 0))
+
+
+def test_the_gradient_of_an_empty_batch(backend, device):
+    grad, mask = torch.empty(0, 9, device=device), torch.empty(1, 0, 4, dtype=torch.int32, device=device)
+    assert ops.adc_grad(grad, mask).shape == (0, 9)

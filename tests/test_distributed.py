@@ -1,4 +1,4 @@
-"""Data parallelism on two processes: ranges come from the global batch, so the ranks' parameters stay equal."""
+"""Data parallelism on two processes: ranges come from the global batch, so the ranks' parameters stay equal; noise does not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.config import TorchInferenceRPUConfig, WeightNoiseInjectionType, WeightNoiseRefresh
 from triton_analog.nn import AnalogLinear
 from triton_analog.optim import AnalogOptimizer
 
@@ -45,12 +45,32 @@ def train(model, layer, inputs: Tensor) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in layer.state_dict().items() if isinstance(v, Tensor)}
 
 
+def noise_of_steps(rank: int) -> Tensor:
+    """The weight noise of two micro-batches in each of two steps, ``[2, 2, OUT, IN]``."""
+    torch.manual_seed(rank)
+    made = TorchInferenceRPUConfig()
+    made.modifier.noise_type, made.modifier.std_dev = WeightNoiseInjectionType.ADD_NORMAL, 0.1
+    made.modifier.refresh = WeightNoiseRefresh.STEP
+    layer = AnalogLinear(IN, OUT, bias=False, rpu_config=made)
+    model = DistributedDataParallel(layer)
+    optimizer = AnalogOptimizer(torch.optim.SGD, layer.analog_layers, model.parameters(), lr=0.1)
+    noise = []
+    for _ in range(2):
+        for _ in range(2):
+            y = model(torch.eye(IN))
+            y.sum().backward()
+            noise.append(y.detach().T - layer.weight.detach())
+        optimizer.step()
+    return torch.stack(noise).unflatten(0, (2, 2))
+
+
 def one_rank(rank: int, port: int, layer: AnalogLinear, results: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     local = batches()[:, rank * ROWS : (rank + 1) * ROWS]
     layer = copy.deepcopy(layer)  # what a spawned process receives lies in memory that the ranks share
     results[rank] = train(DistributedDataParallel(layer), layer, local)
+    results["noise", rank] = noise_of_steps(rank)
     dist.destroy_process_group()
 
 
@@ -66,9 +86,13 @@ def test_ranks_agree_with_each_other_and_with_one_process_on_the_whole_batch(fas
         results = manager.dict()
         mp.spawn(one_rank, (port, layer, results), nprocs=RANKS)
         first, second = results[0], results[1]
+        noise = torch.stack([results["noise", rank] for rank in range(RANKS)])
     whole = train(alone, alone, batches())
     assert first.keys() == second.keys() == whole.keys()
     assert first["input_range_update_idx"].tolist() == [3, 3, 3]
     for name in first:
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], whole[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(noise[:, :, 0], noise[:, :, 1])  # micro-batches of a step
+    for one, other in ((noise[0], noise[1]), (noise[:, 0], noise[:, 1])):  # ranks, steps
+        assert (one - other).abs().max() > 1e-3

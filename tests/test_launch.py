@@ -8,9 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from helpers import randn, seed_of
+from helpers import randn, seed_of, viewed
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_analog import launch, ops
+from triton_analog import launch, ops, reference
+from triton_analog.ops.matmul import MatmulConfig, launch_matmul
+
+HOPPER = GPUTarget("cuda", 90, 32)
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def test_a_triton_cpu_driver_runs_kernels_on_cpu_tensors(target, expected, unfor
     started = []
     try:
         assert launch.runs_kernel(torch.ones(1)) is expected
-        with launch.recording(lambda kernel, args, options: started.append(kernel)):
+        with launch.recording(lambda kernel, args, options: started.append(kernel), HOPPER):
             ops.absmax(torch.ones(2, 3), 1)
     finally:
         launch._has_triton_cpu.cache_clear()
@@ -92,12 +97,67 @@ def test_an_unknown_backend_is_refused():
 
 def test_recording_starts_nothing():
     launches = []
-    with launch.backend("kernel"), launch.recording(lambda *launched: launches.append(launched)):
+    with launch.backend("kernel"), launch.recording(lambda *launched: launches.append(launched), HOPPER):
         ops.dac(torch.ones(2, 3), torch.ones(1), 1, 254)
     ((kernel, args, options),) = launches
     assert kernel is sys.modules["triton_analog.ops.dac"].dac_kernel
     assert [arg for arg in args if isinstance(arg, float)] == [127.0]
     assert options["QUANTIZE"] is True
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [(HOPPER, 90), (GPUTarget("cuda", 120, 32), 120), (GPUTarget("hip", "gfx942", 64), 0)]
+)
+def test_a_recording_chooses_as_for_its_target(target, expected):
+    before = launch.nvidia_capability(torch.device("cpu"))
+    with launch.recording(lambda *launched: None, target):
+        assert launch.nvidia_capability(torch.device("cpu")) == expected
+    assert launch.nvidia_capability(torch.device("cpu")) == before == 0
+
+
+@pytest.mark.parametrize(
+    ("view", "columns", "expected"),
+    [
+        (lambda x: x, 12, True),
+        (lambda x: x[:, :9], 12, True),
+        (lambda x: x[1:], 12, True),
+        (lambda x: x[:, 4:], 12, True),
+        (lambda x: x, 9, False),
+        (lambda x: x[:, 1:], 12, False),
+        (lambda x: x[:, ::2], 12, False),
+        (lambda x: x.T, 12, False),
+        (lambda x: x[:, :1].expand(12, 12), 12, False),
+    ],
+    ids=["rows", "left columns", "lower rows", "right columns", "odd rows", "odd start", "gaps", "columns", "expanded"],
+)
+def test_descriptors_address_aligned_rows(view, columns, expected):
+    """What they cannot address is loaded without them."""
+    x = view(torch.randn(12, columns))
+    assert launch.describable(x) is expected
+    launches = []
+    config = MatmulConfig(16, 32, 16)
+    with launch.recording(lambda *launched: launches.append(launched), HOPPER):
+        launch_matmul(x, x, None, None, 1, -1.0, 0.0, None, 0.0, None, -1.0, None, config=config)
+    ((_, args, options),) = launches
+    assert options["DESCRIPTORS"] is expected
+    assert [isinstance(arg, TensorDescriptor) for arg in args[:2]] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "slices", "expected"),
+    [
+        (torch.float32, 9, 1, True),
+        (torch.float32, 24, 3, True),
+        (torch.float32, 24, 4, False),
+        (torch.float32, 25, 3, False),
+        (torch.bfloat16, 24, 3, True),
+        (torch.bfloat16, 24, 2, False),
+        (torch.int8, 48, 3, True),
+        (torch.int8, 24, 3, False),
+    ],
+)
+def test_descriptors_load_slices_that_start_aligned(dtype, features, slices, expected):
+    assert launch.slices_describable(torch.empty(2, features, dtype=dtype), slices) is expected
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
@@ -141,13 +201,16 @@ READERS = {
     "moments": lambda x: ops.moments(x, 2),
     "extrema": lambda x: ops.extrema(x, 2),
     "dac": lambda x: ops.dac(x, filled(x, 2), 2, 254),
+    "dac_steps": lambda x: ops.dac_steps(x, filled(x, 2), 2, 254),
     "adc": lambda x: ops.adc(x, filled(x, 1), out_bound=1.0, bound_wmax=filled(x, 1)),
+    "adc_grad": lambda x: ops.adc_grad(x, torch.zeros(1, 3, 4, dtype=torch.int32, device=x.device)),
     "weight": lambda x: ops.weight(x, 2, quantization="per_channel", res=30)[0],
     "weight_grad": lambda x: ops.weight_grad(x, x, filled(x, 2, 3), 2)[0],
     "input_range_grad": lambda x: ops.input_range_grad(x, x, filled(x, 2), 2)[0],
     "matmul": lambda x: ops.matmul(x, x, None, None, 2)[0],
+    "matmul, converted": lambda x: ops.matmul(x, x, None, filled(x, 2), 2, inp_res=254)[0],
     "matmul_dgrad": lambda x: ops.matmul_dgrad(x, x, x, filled(x, 2), 2)[0],
-    "matmul_wgrad": lambda x: ops.matmul_wgrad(x, x, None, 2),
+    "matmul_wgrad": lambda x: ops.matmul_wgrad(x, x, None, 2, bias_dtype=torch.float32),
 }
 
 
@@ -182,7 +245,9 @@ def test_importing_touches_no_gpu_and_no_optional_package():
 X, W, G = torch.ones(4, 6), torch.ones(5, 6), torch.ones(4, 5)
 R, ONE, SEED, COUNT = torch.ones(2), torch.ones(1), seed_of(1), torch.zeros(2, dtype=torch.int64)
 WMAX, CLIP, MOMENTS = torch.ones(2, 5), torch.ones(2, 5), torch.ones(2, 3)
-MASK = torch.zeros(2, 4, 1, dtype=torch.uint8)
+MASK = torch.zeros(reference.mask_shape(2, 4, 5), dtype=torch.int32)
+INT8, STEPS, FLAGS = W.to(torch.int8), X.to(torch.int8), torch.zeros(2, 4, 1, dtype=torch.uint8)
+SCALED = {"inp_res": 254, "weight_wmax": WMAX, "weight_res": 254}
 META = torch.ones(2, device="meta")
 UPDATE = {"init_from_data": 10, "init_std_alpha": 3.0}
 FAST = {"init_from_data": 10, "momentum": 0.9}
@@ -216,6 +281,7 @@ SLICED = {
     "std": lambda s: ops.std(X, s),
     "extrema": lambda s: ops.extrema(X, s),
     "dac": lambda s: ops.dac(X, R, s),
+    "dac_steps": lambda s: ops.dac_steps(X, R, s, 254),
     "input_range_grad": lambda s: ops.input_range_grad(X, X, R, s),
     "weight": lambda s: ops.weight(W, s),
     "weight_grad": lambda s: ops.weight_grad(W, W, CLIP, s),
@@ -272,6 +338,14 @@ ERRORS = [
         ((X, R, 2), {"input_min_percentage": 95}, ValueError, r"input_min_percentage: got 95; .* a share in 0 \.\. 1"),
     ),
     *rows(
+        ops.dac_steps,
+        ((X, ONE, 2, 254), {}, ValueError, r"input_range: got shape \(1,\); allowed are \(2,\) for a static range"),
+        ((X, META, 2, 254), {}, ValueError, "input_range: on meta, but x is on cpu"),
+        ((X, R, 2, 255), {}, ValueError, "inp_res: got 255; int8 holds at most 254 steps, so 2 to 254 or the inverse"),
+        ((X, R, 2, -1), {}, ValueError, "inp_res: got -1; int8 holds at most 254 steps"),
+        ((STEPS, R, 2, 254), {}, TypeError, "x: got dtype torch.int8; allowed are float32"),
+    ),
+    *rows(
         ops.input_range_grad,
         ((X[:2], X, R, 2), {}, ValueError, r"grad: got shape \(2, 6\); that of x, \(4, 6\), is needed"),
         ((G, X, R, 2), {}, ValueError, r"grad: got shape \(4, 5\); 6 columns are needed"),
@@ -288,6 +362,13 @@ ERRORS = [
         ((G, ONE), {"out_res": 254}, ValueError, "out_res: got 254 with out_bound 0.0; .* set out_bound > 0"),
         ((G, ONE), {"out_bound": 1.0, "bound_wmax": R}, ValueError, r"bound_wmax: .* allowed are \(1,\) and \(5,\)"),
         ((G, ONE), {"plane": 2**31}, ValueError, "plane: got .* allowed are 0 to"),
+    ),
+    *rows(
+        ops.adc_grad,
+        ((G, MASK), {}, ValueError, r"mask: .* a contiguous int32 tensor of shape \(1, 4, 4\) is needed"),
+        ((G, MASK[0].byte()), {}, ValueError, "mask: got torch.uint8"),
+        ((G.long(), MASK[0]), {}, TypeError, "grad: got dtype torch.int64"),
+        ((G, MASK[0].to("meta")), {}, ValueError, "mask: on meta, but grad is on cpu; move both to one device"),
     ),
     *rows(
         ops.weight,
@@ -371,6 +452,24 @@ ERRORS = [
             ValueError,
             r"inp_res: 131072 steps overflow float16; use",
         ),
+        ((STEPS, INT8, None, R, 2), SCALED, TypeError, "x: got dtype torch.int8; allowed are float32"),
+        ((X, INT8, None, R, 2), SCALED | {"weight_wmax": None}, ValueError, "weight_wmax: missing, but an int8 weight"),
+        ((X, INT8, None, R, 2), SCALED | {"weight_wmax": ONE}, ValueError, r"weight_wmax: .* \(2, 5\) and \(2, 1\)"),
+        (
+            (X, INT8, None, R, 2),
+            SCALED | {"weight_res": 256},
+            ValueError,
+            "weight_res: got 256; int8 holds at most 254",
+        ),
+        (
+            (X, INT8, None, R, 2),
+            SCALED | {"weight_res": 0},
+            ValueError,
+            "weight_res: got 0; .* 2 to 254 or the inverse",
+        ),
+        ((X, INT8, None, R, 2), SCALED | {"inp_res": 1 / 300}, ValueError, "inp_res: got .*; int8 holds at most 254"),
+        ((X, INT8, None, R, 2), SCALED | {"inp_res": -1}, ValueError, "inp_res: got -1; int8 holds at most 254 steps"),
+        ((X, INT8, None, None, 2), SCALED, ValueError, "inp_res: got 254 without input_range; .* so pass one"),
     ),
     *rows(
         ops.matmul_dgrad,
@@ -378,16 +477,50 @@ ERRORS = [
         ((X, W, X, None, 2), {}, ValueError, r"grad: got shape \(4, 6\); 5 columns are needed"),
         ((G.half(), W, X, None, 2), {}, TypeError, "grad: dtype torch.float16, but x is torch.float32; cast one"),
         ((G, W, X, torch.ones(2, 4), 2), {}, ValueError, "input_range: .* one range per slice is needed"),
-        ((G, W, X, R, 2, MASK[:1]), {}, ValueError, r"mask: .* uint8 tensor of shape \(2, 4, 1\) is needed"),
+        (
+            (G, W, X, R, 2, MASK[:1]),
+            {},
+            ValueError,
+            r"mask: .* contiguous int32 tensor of shape \(2, 1, 4, 4\) is needed",
+        ),
+        (
+            (G, W, X, R, 2, viewed(MASK.view(8, 4), "transposed").view(2, 1, 4, 4)),
+            {},
+            ValueError,
+            "mask: .* contiguous",
+        ),
         ((G, W, X, R, 2, MASK.float()), {}, ValueError, "mask: got torch.float32"),
         ((G, W, X, R, 2), {"input_min_percentage": -0.1}, ValueError, "input_min_percentage: got -0.1; allowed is"),
+        ((G, W.half(), X, R, 2), {}, TypeError, "weight: dtype torch.float16, but grad is torch.float32; cast one"),
+        ((G, W, STEPS, R, 2), {}, ValueError, r"clipped: got None; an int8 x .* uint8 flags \(2, 4, 1\) of dac_steps"),
+        ((G, W, STEPS, R, 2), {"clipped": FLAGS[:1]}, ValueError, r"clipped: got \(1, 4, 1\); an int8 x"),
+        ((G, W, STEPS, R, 2), {"clipped": FLAGS.int()}, ValueError, "clipped: got .* needs the uint8 flags"),
+        (
+            (G, W, X, R, 2),
+            {"needs_steps": True},
+            ValueError,
+            "needs_steps: asked for without .* give input_range and inp",
+        ),
+        (
+            (G, W, X, None, 2),
+            {"needs_steps": True, "inp_res": 254},
+            ValueError,
+            "needs_steps: asked for without an input converter",
+        ),
     ),
     *rows(
         ops.matmul_wgrad,
         ((G[:2], X, None, 2), {}, ValueError, r"grad: got shape \(2, 5\); 4 rows are needed, as x has"),
         ((G, X, ONE, 2), {}, ValueError, r"input_range: got shape \(1,\); allowed are"),
-        ((G, X, R, 2, MASK[:, :2]), {}, ValueError, "mask: .* is needed"),
+        (
+            (G, X, R, 2, MASK[:, :, :2]),
+            {},
+            ValueError,
+            r"mask: got torch.int32 of shape \(2, 1, 2, 4\); a contiguous int32",
+        ),
         ((G, X, R, 2), {"inp_res": float("nan")}, ValueError, "inp_res: got nan; allowed are"),
+        ((G, X, R, 2), {"converted": True}, ValueError, "converted: x holds steps, but inp_res is -1.0; give the conv"),
+        ((G, STEPS, R, 2), {"inp_res": 254}, TypeError, "x: got dtype torch.int8; allowed are float32"),
     ),
 ]
 

@@ -15,7 +15,6 @@ from helpers import (
     randn,
     seed_of,
     tensor,
-    unaligned_offsets,
     unpacked,
     viewed,
 )
@@ -23,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_analog import ops, reference
-from triton_analog.launch import describable
+from triton_analog.launch import describable, slices_describable
 from triton_analog.ops.matmul import MatmulConfig, launch_matmul
 
 SHAPES = [
@@ -152,7 +151,7 @@ def test_a_bound_without_rounding(backend, device):
 def test_any_shape_and_flags(
     backend, device, rows, columns, features, data, kind, inp_res, out_noise, out_bound, out_res, biased
 ):
-    slices = data.draw(st.integers(1, features))
+    slices = data.draw(st.integers(1, min(features, 9)))
     x, weight, bias = operands(rows, columns, features, device)
     options = {}
     if kind != "none":
@@ -250,14 +249,27 @@ def exact_operands(rows, columns, features, device, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-@pytest.mark.parametrize(("kind", "dtype"), [("static", torch.float32), ("dynamic", torch.bfloat16)])
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_configuration_gives_the_same_result(stage, kind, dtype, backend, device):
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        ("nothing", "static"),
+        ("noisy", "dynamic"),
+        ("converted", "static"),
+        ("converted", "dynamic"),
+        ("converted, noisy", "static"),
+        ("bounded", "dynamic"),
+        ("quantized", "static"),
+        ("everything", "static"),
+        ("everything", "dynamic"),
+    ],
+)
+def test_every_configuration_gives_the_same_result(stage, kind, backend, device):
     """To the last bit, and the same noise: blocks and strategies are a matter of speed alone. Ranges are powers of two, so
     that the steps of the converter are exact."""
     columns, options = STAGES[stage]
-    x, weight, bias = exact_operands(19, columns, 23, device, dtype)
-    slices = 3  # of 8, 8 and 7 columns
+    dtype = torch.float32 if kind == "static" else torch.bfloat16
+    x, weight, bias = exact_operands(19, columns, 24, device, dtype)
+    slices = 3  # of 8 columns: blocks reach into the next slice
     r = tensor([0.5, -1.0, 0.25], device)
     if kind == "dynamic":
         x[:, ::2] = 0.5
@@ -271,6 +283,7 @@ def test_every_configuration_gives_the_same_result(stage, kind, dtype, backend, 
     expected, expected_mask = launch_matmul(x, weight, bias, r, slices, **options)
     assert_is_the_product(x, weight, bias, r, slices, config=CONFIGS["large blocks"], **options)
     assert describable(x, weight)
+    assert slices_describable(weight, slices)
     for name, config in configs.items():
         y, mask = launch_matmul(x, weight, bias, r, slices, **options, config=config)
         assert torch.equal(y, expected), name
@@ -280,9 +293,9 @@ def test_every_configuration_gives_the_same_result(stage, kind, dtype, backend, 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
 @pytest.mark.parametrize("bound", [0.0, 100.0])
 def test_blocks_do_not_change_the_noise(bound, backend, device):
-    x, weight = torch.zeros(35, 48, device=device), torch.ones(45, 48, device=device)
-    one = torch.ones(3, 1, device=device)
-    arguments = (x, weight, None, torch.ones(3, device=device), 3, 254, 0.1, one, bound, one, -1.0, seed_of(3, device))
+    x, weight = torch.zeros(17, 16, device=device), torch.ones(45, 16, device=device)
+    one = torch.ones(2, 1, device=device)
+    arguments = (x, weight, None, torch.ones(2, device=device), 2, 254, 0.1, one, bound, one, -1.0, seed_of(3, device))
     configs = CONFIGS if bound > 0 else UNBOUNDED_CONFIGS
     fields = [launch_matmul(*arguments, needs_mask=False, config=config)[0] for config in configs.values()]
     assert fields[0].std() > 0.05
@@ -303,8 +316,8 @@ AWKWARD_FOR_DESCRIPTORS = [
     (1, 1, 3, 1),
     (2, 129, 17, 1),
     (3, 20, 129, 1),
-    (1, 20, 255, 2),
-    (17, 128, 47, 6),
+    (1, 128, 24, 3),
+    (5, 33, 256, 3),
 ]
 
 
@@ -315,7 +328,6 @@ AWKWARD_FOR_DESCRIPTORS = [
     [
         *((False, shape) for shape in AWKWARD),
         *((True, shape) for shape in AWKWARD_FOR_DESCRIPTORS),
-        *(pytest.param(True, shape, marks=unaligned_offsets) for shape in AWKWARD),
     ],
 )
 def test_awkward_widths(shape, descriptors, prepared, backend, device):
@@ -333,7 +345,7 @@ def test_awkward_widths(shape, descriptors, prepared, backend, device):
 def test_descriptors_leave_out_what_they_cannot_address(backend, device):
     """Rows of 45 numbers, gaps between numbers, an odd offset: the same result through plain loads."""
     x, weight, bias = operands(7, 23, 45, device)
-    r, options = tensor([0.7, 1.3], device), everything(weight, 2, device)
+    r, options = tensor([0.7, 1.3], device), everything(weight, 2, device) | {"out_noise": 0.0}
     expected = launch_matmul(x, weight, bias, r, 2, **options)
     for prepared in (False, True):
         config = MatmulConfig(16, 32, 16, PREPARED=prepared)
@@ -487,7 +499,9 @@ def integers(rows, columns, features, device, dtype=torch.float32):
 
 def scaled(weight, wmax, slices):
     """The weight that 254 steps of ``wmax`` stand for, fp64."""
-    return torch.cat([part.double() * w[:, None].double() / 127 for part, w in zip(cut(weight, slices), wmax)], dim=-1)
+    return torch.cat(
+        [part.double() * w[:, None].double() / 127 for part, w in zip(cut(weight, slices), wmax, strict=True)], dim=-1
+    )
 
 
 def assert_is_the_integer_product(x, weight, bias, r, slices, wmax, config=None, **options):
@@ -552,7 +566,7 @@ def test_integers_of_any_shape(rows, columns, features, slices, backend, device)
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
 @pytest.mark.parametrize("bounded", [False, True])
 def test_every_configuration_gives_the_same_integers(bounded, backend, device):
-    x, weight, bias = integers(19, 130, 47, device)
+    x, weight, bias = integers(19, 130, 48, device)
     weight = padded_rows(weight)
     wmax = 0.05 + torch.rand(3, 130).to(device)
     options = everything(scaled(weight, wmax, 3).float(), 3, device) | {"weight_wmax": wmax, "weight_res": 254}
@@ -560,6 +574,7 @@ def test_every_configuration_gives_the_same_integers(bounded, backend, device):
     r = tensor([0.5, -1.0, 0.7], device)
     expected, expected_mask = launch_matmul(x, weight, bias, r, 3, **options)
     assert describable(weight)
+    assert slices_describable(weight, 3)
     for name, config in CONFIGS.items():
         y, mask = launch_matmul(x, weight, bias, r, 3, **options, config=config)
         assert torch.equal(y, expected), name

@@ -5,7 +5,7 @@ import torch
 from helpers import seed_of
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from triton_analog import ops
+from triton_analog import ops, reference
 
 OPERATORS = torch.ops.triton_analog
 ROWS, COLUMNS, FEATURES, SLICES = 5, 9, 20, 3
@@ -22,10 +22,16 @@ def samples():
     x, weight, grad = (torch.randn(*s) for s in ((ROWS, FEATURES), (COLUMNS, FEATURES), (ROWS, COLUMNS)))
     r, seed, count = torch.tensor([0.5, 1.0, 1.5]), seed_of(3), torch.tensor([0, 5, 9])
     wmax, dynamic = torch.rand(SLICES, COLUMNS) + 0.1, torch.rand(SLICES, ROWS) + 3
-    clip, one, mask = torch.rand(SLICES, COLUMNS), torch.ones(1), torch.zeros(SLICES, ROWS, 2, dtype=torch.uint8)
+    clip, one = torch.rand(SLICES, COLUMNS), torch.ones(1)
+    mask = reference.pack_bits(torch.rand(SLICES * ROWS, COLUMNS) > 0.5).view(
+        reference.mask_shape(SLICES, ROWS, COLUMNS)
+    )
+    steps, clipped = ops.dac_steps(x, r, SLICES, 254)
+    int8 = torch.randint(-127, 128, (COLUMNS, FEATURES), dtype=torch.int8)
     learned = leaf(SLICES, COLUMNS)
     linear = (leaf(ROWS, FEATURES), leaf(COLUMNS, FEATURES))
     off = (-1.0, 0.0, None, 0.0, None, -1.0, None)
+    converters = (254.0, 0.1, wmax, 1.0, wmax, 254.0)
     return [
         ("noise", (seed, 3, 17, 2, 0)),
         ("absmax", (x, SLICES)),
@@ -35,8 +41,12 @@ def samples():
         ("extrema", (x, SLICES)),
         ("dac", (leaf(ROWS, FEATURES), leaf(SLICES), SLICES, 254.0, 0.1, 0.5, False)),
         ("dac", (leaf(ROWS, FEATURES), dynamic, SLICES, -1.0, 0.0, 0.95, False)),
+        ("dac_steps", (x, r, SLICES, 254.0)),
+        ("dac_steps", (x, dynamic, SLICES, 1 / 254)),
         ("adc", (leaf(ROWS, COLUMNS), one, 0.1, one, 1.0, wmax[0], 254.0, seed, 1)),
         ("adc", (leaf(ROWS, COLUMNS), dynamic[0], 0.1, wmax[0], 0.0, None, -1.0, seed, 0)),
+        ("adc_grad", (grad, mask[0])),
+        ("adc_grad", (grad.T.contiguous().T, mask[1])),
         ("input_range_grad", (x, x, r, SLICES, 0.1, 0.5, False)),
         ("input_range_update", (r.clone(), count.clone(), r * 0, torch.rand(SLICES, 3) * 50, 10, 3.0)),
         ("input_range_learn", (x, r.clone(), count.clone(), r * 0, SLICES, 10, 3.0)),
@@ -47,13 +57,19 @@ def samples():
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, learned, "per_channel", 30.0, "none", 0.0, None, torch.float32)),
         ("weight", (weight, SLICES, None, "per_channel", 30.0, "none", 0.0, None, torch.int8)),
         ("weight_grad", (weight, weight * 2, clip, SLICES, "per_channel", 30.0)),
-        ("matmul", (*linear, None, None, SLICES, *off)),
-        ("matmul", (*linear, leaf(COLUMNS), leaf(SLICES), SLICES, 254.0, 0.1, wmax, 1.0, wmax, 254.0, seed)),
-        ("matmul", (*linear, leaf(COLUMNS), dynamic, SLICES, 254.0, 0.1, wmax[:, :1], 0.0, None, -1.0, seed)),
-        ("matmul_dgrad", (grad, weight, x, r, SLICES, mask, 0.1, 0.5, False)),
-        ("matmul_dgrad", (grad, weight, x, None, SLICES, None, 0.0, 0.5, True)),
-        ("matmul_wgrad", (grad, x, r, SLICES, mask, 254.0, torch.float32)),
-        ("matmul_wgrad", (grad, x, None, SLICES, None, -1.0, torch.bfloat16)),
+        ("matmul", (*linear, None, None, SLICES, *off, None, 0.0, True)),
+        ("matmul", (*linear, leaf(COLUMNS), leaf(SLICES), SLICES, *converters, seed, None, 0.0, True)),
+        ("matmul", (*linear, leaf(COLUMNS), dynamic, SLICES, 254.0, 0.1, wmax[:, :1], 0.0, None, -1.0, seed, None, 0.0, False)),
+        ("matmul", (x, weight, None, r, SLICES, *converters, seed, None, 0.0, False)),
+        ("matmul", (x, int8, one.expand(COLUMNS), r, SLICES, *converters, seed, wmax, 254.0, True)),
+        ("matmul", (x, int8, None, dynamic, SLICES, 254.0, *off[1:], wmax[:, :1], 30.0, True)),
+        ("matmul_dgrad", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, -1.0, False)),
+        ("matmul_dgrad", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, 254.0, True)),
+        ("matmul_dgrad", (grad, weight, steps, clipped, r, SLICES, mask, 0.1, 0.5, False, -1.0, False)),
+        ("matmul_dgrad", (grad, weight, x, None, None, SLICES, None, 0.0, 0.5, True, -1.0, False)),
+        ("matmul_wgrad", (grad, x, r, SLICES, mask, 254.0, torch.float32, False, torch.float32)),
+        ("matmul_wgrad", (grad, steps, r, SLICES, mask, 254.0, torch.float32, True, None)),
+        ("matmul_wgrad", (grad, x, None, SLICES, None, -1.0, torch.bfloat16, False, torch.bfloat16)),
     ]  # fmt: skip
 
 

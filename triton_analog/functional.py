@@ -149,7 +149,9 @@ class _AnalogLinear(torch.autograd.Function):
         dx = dw = dbias = drange = dclip = None
         static = r is not None and not settings.dynamic_range
         converted = x.dtype == torch.int8
-        if settings.slices == 1 and mask is not None:  # masked once, the gradient serves both products; the bias takes all
+        if (
+            settings.slices == 1 and mask is not None
+        ):  # masked once, the gradient serves both products; the bias takes all
             if needs_bias:
                 dbias, needs_bias = grad.sum(0, dtype=check.wide_dtype(grad)).to(ctx.bias_dtype), False
             grad, mask = ops.adc_grad(grad, mask[0]), None

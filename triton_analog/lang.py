@@ -94,7 +94,9 @@ def pack_bits(flags, ROWS: tl.constexpr, COLS: tl.constexpr):
     Column ``32 * p + 16 * g + 8 * h + 2 * t + l`` is bit ``8 * p + 4 * g + 2 * h + l`` of word ``t``: the columns that one
     thread of a tensor core's accumulator holds, so that packing moves nothing between threads.
     """
-    bits = flags.to(tl.int32).reshape(ROWS, COLS // 32, 2, 2, 4, 2).permute(0, 4, 1, 2, 3, 5).reshape(ROWS, 4, COLS // 4)
+    bits = (
+        flags.to(tl.int32).reshape(ROWS, COLS // 32, 2, 2, 4, 2).permute(0, 4, 1, 2, 3, 5).reshape(ROWS, 4, COLS // 4)
+    )
     return tl.sum(bits << tl.arange(0, COLS // 4)[None, None, :], axis=2)
 
 

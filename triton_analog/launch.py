@@ -117,6 +117,11 @@ def slices_describable(x: Tensor, slices: int) -> bool:
     return slices == 1 or (x.shape[1] % slices == 0 and x.shape[1] // slices * x.element_size() % 16 == 0)
 
 
+def has_wide_tiles(capability: int) -> bool:
+    """Whether tiles of 128 x 128 and more, loaded through tensor descriptors, suit a GPU: Hopper and data-centre Blackwell."""
+    return 90 <= capability < 120
+
+
 def input_precision() -> str:
     """Precision of fp32 dots, following ``torch.set_float32_matmul_precision``."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -71,9 +71,12 @@ class WeightNoise(AnalogLayerBase):
     ``weight_noise_seed`` (int64 ``[1]`` on the weight's device, or None for noise that is new in every forward) then decides
     the noise, which stays until :meth:`redraw_weight_noise` draws another seed. ``AnalogOptimizer`` calls that after each of
     its steps. In eager mode a training forward also does it when the weight has changed since (its version, which every
-    change in place raises), so that any optimizer will do; not one that leaves the weight alone (frozen weights) or changes
-    it behind autograd's back (``weight.data.add_``). A compiled forward and one that is captured in a CUDA graph only read
-    the seed: there it takes ``AnalogOptimizer`` or the call.
+    change in place raises), so that any optimizer will do. It takes ``AnalogOptimizer`` or the call, though,
+
+    - for a compiled forward and one that is captured in a CUDA graph, which only read the seed,
+    - for a weight that is frozen,
+    - for a weight that is changed behind autograd's back (``weight.data.add_``, sharded parameters): the layer would go on
+      with the noise, and with the noisy weight, of before.
 
     In eager mode the noisy weight itself is kept too, from the first forward of a step to its end: that saves a pass over
     the weight in every further forward and in every backward and takes the memory of one more weight, in the dtype of the

@@ -253,8 +253,10 @@ def clip_bits(x: Tensor, clipped: Tensor | None) -> None:
     expected = (2, x.shape[0], -(-x.shape[1] // 8))
     require(
         clipped is not None and clipped.dtype == torch.uint8 and shape_of(clipped) == expected,
-        lambda: f"clipped: got {None if clipped is None else shape_of(clipped)}; an int8 x with a range needs the uint8 flags "
-        f"{expected} of dac_steps",
+        lambda: (
+            f"clipped: got {None if clipped is None else shape_of(clipped)}; an int8 x with a range needs the uint8 flags "
+            f"{expected} of dac_steps"
+        ),
     )
     together("x", x, clipped=clipped)
 
@@ -275,7 +277,9 @@ def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tenso
 def saturation_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
     require(
         mask.dtype == torch.int32 and shape_of(mask) == shape and mask.is_contiguous(),
-        lambda: f"mask: got {mask.dtype} of shape {shape_of(mask)}; a contiguous int32 tensor of shape {shape} is needed",
+        lambda: (
+            f"mask: got {mask.dtype} of shape {shape_of(mask)}; a contiguous int32 tensor of shape {shape} is needed"
+        ),
     )
 
 

@@ -77,7 +77,9 @@ def store_bits(mask_ptr, words, s, first_m, first_n, M, N, ROWS: tl.constexpr, C
     part = (first_n % 128 // COLS).to(tl.int32)
     address = mask_ptr.to(tl.pointer_type(TYPE)) + (row * 4 + tl.arange(0, 4)[None, :]) * PARTS + part
     inside = m < tl.where(first_n < tl.cdiv(N, 128) * 128, M, 0)
-    if PARTS <= 2 and is_nvidia():  # tl.store would send the words through shared memory first, with a barrier in the loop
+    if (
+        PARTS <= 2 and is_nvidia()
+    ):  # tl.store would send the words through shared memory first, with a barrier in the loop
         ASM: tl.constexpr = STORE_32_BITS if PARTS == 1 else STORE_16_BITS
         tl.inline_asm_elementwise(
             ASM, "=r,l,r,r", [address, words, inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1

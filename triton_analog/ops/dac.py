@@ -218,7 +218,9 @@ def dac_steps_kernel(
         r = tl.abs(tl.load(range_ptr + s, mask=k < K, other=0.0).to(tl.float32))
     q = to_steps(x, r, q_max)
     touches, passes = inside & (tl.abs(x) >= r), inside & (tl.abs(x) <= r)
-    q = tl.where(touches & (q == 0), tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)), q)  # the sign survives a range of 0
+    q = tl.where(
+        touches & (q == 0), tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)), q
+    )  # the sign survives a range of 0
     tl.store(steps_ptr + m * K + k, q.to(tl.int8), mask=inside)
     if MODE == STATIC_RANGE:
         row_bytes = tl.cdiv(K, 8)
@@ -227,7 +229,11 @@ def dac_steps_kernel(
         for plane in tl.static_range(2):
             flags = touches if plane == 0 else passes
             bits = flags.to(tl.int32).reshape(BLOCK_M, BLOCK_K // 8, 8) << tl.arange(0, 8)[None, None, :]
-            tl.store(clipped_ptr + (plane * M.to(tl.int64) + m) * row_bytes + byte, tl.sum(bits, axis=2).to(tl.uint8), mask=inside)
+            tl.store(
+                clipped_ptr + (plane * M.to(tl.int64) + m) * row_bytes + byte,
+                tl.sum(bits, axis=2).to(tl.uint8),
+                mask=inside,
+            )
 
 
 def launch_dac_steps(

@@ -86,7 +86,13 @@ def range_grad_kernel(
 
 
 def launch_range_grad(
-    parts: Tensor, input_range: Tensor, rows: int, features: int, decay: float, threshold: float, fast_mode: bool,
+    parts: Tensor,
+    input_range: Tensor,
+    rows: int,
+    features: int,
+    decay: float,
+    threshold: float,
+    fast_mode: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     slices, count, _ = parts.shape

@@ -33,7 +33,17 @@ from triton_analog.lang import (
     round_even,
     slice_bounds,
 )
-from triton_analog.launch import aligned, block, describable, input_precision, launch, nvidia_capability, runs_kernel, slices_describable
+from triton_analog.launch import (
+    aligned,
+    block,
+    describable,
+    has_wide_tiles,
+    input_precision,
+    launch,
+    nvidia_capability,
+    runs_kernel,
+    slices_describable,
+)
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
 from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
@@ -74,16 +84,17 @@ def default_config(
 ) -> MatmulConfig:
     """``per_slice``: slices are finished separately, which takes a second accumulator. ``capability``: of the GPU."""
     size = dtype.itemsize
-    block_k = block(width, min(64, 128 // size) if capability < 90 else 128 // size, 32 if size == 1 else 16)
+    block_k = block(width, 128 // size if has_wide_tiles(capability) else min(64, 128 // size), 32 if size == 1 else 16)
     block_n = block(columns, 128, 32)
     parts = 2 if block_n == 128 and (per_slice or noise) else 1
     if capability == 0:  # AMD's shared memory has no room for splitting a tile
         return MatmulConfig(block(rows, 64), block_n, block_k, DESCRIPTORS=False, num_stages=2)
-    if capability < 90 or size == 4:
-        return MatmulConfig(block(rows, 64), block_n, block_k, PARTS=parts, DESCRIPTORS=capability >= 90)
+    if not has_wide_tiles(capability) or size == 4:
+        return MatmulConfig(block(rows, 64), block_n, block_k, PARTS=parts, DESCRIPTORS=has_wide_tiles(capability))
     if per_slice or rows <= 128 or columns <= 128 or (noise and dynamic):
-        # Two of these fit on a multiprocessor: one finishes a slice while the other multiplies.
-        return MatmulConfig(block(rows, 64), block_n, block_k, PARTS=parts, num_warps=4, num_stages=4)
+        # Two of these fit on Hopper's multiprocessor: one finishes a slice while the other multiplies.
+        warps = 4 if capability < 100 else 8
+        return MatmulConfig(block(rows, 64), block_n, block_k, PARTS=parts, num_warps=warps, num_stages=4)
     return MatmulConfig(256, block_n, block_k, PARTS=4 if noise else 1)
 
 
@@ -207,7 +218,11 @@ def finish_tile(
     if FOLDED_NOISE:
         variance = tl.zeros((ROWS if MODE == DYNAMIC_RANGE else 1, COLUMNS), tl.float32)
         for s in range(S):
-            deviation = sigma * load_range(range_ptr, s, m, M, MODE) * load_scale(noise_wmax_ptr, s, n, noise_columns, N)[None, :]
+            deviation = (
+                sigma
+                * load_range(range_ptr, s, m, M, MODE)
+                * load_scale(noise_wmax_ptr, s, n, noise_columns, N)[None, :]
+            )
             variance += deviation * deviation
         y += tl.sqrt(variance) * normal_tile(seed, first_m, first_n, 0, OUTPUT_STREAM, ROWS, COLUMNS)
     if BIAS:
@@ -449,7 +464,15 @@ def _backward(ctx, grad, _):
         dr = dr if static is not None else None
     if needs_weight or needs_bias:
         dw, dbias = _matmul_wgrad(
-            grad, x, input_range, ctx.slices, mask, ctx.inp_res, weight.dtype, False, ctx.bias_dtype if needs_bias else None
+            grad,
+            x,
+            input_range,
+            ctx.slices,
+            mask,
+            ctx.inp_res,
+            weight.dtype,
+            False,
+            ctx.bias_dtype if needs_bias else None,
         )
     return dx, dw, dbias if needs_bias else None, dr, *(None,) * 11
 

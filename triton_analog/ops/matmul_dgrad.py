@@ -14,7 +14,17 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import cast, dot, slice_bounds, to_steps
-from triton_analog.launch import aligned, block, describable, input_precision, launch, nvidia_capability, runs_kernel, slices_describable
+from triton_analog.launch import (
+    aligned,
+    block,
+    describable,
+    has_wide_tiles,
+    input_precision,
+    launch,
+    nvidia_capability,
+    runs_kernel,
+    slices_describable,
+)
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, flagged_columns, grouped, load_tile, saturated
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
@@ -37,10 +47,10 @@ class MatmulDgradConfig:
 
 
 def default_config(rows: int, columns: int, width: int, dtype: torch.dtype, capability: int) -> MatmulDgradConfig:
-    if capability < 90 or dtype == torch.float32:
+    if not has_wide_tiles(capability) or dtype == torch.float32:
         return MatmulDgradConfig(
             block(rows, 64), block(columns, 32 if dtype == torch.float32 else 64), block(width, 128),
-            PARTS=4, DESCRIPTORS=capability >= 90,
+            PARTS=4, DESCRIPTORS=has_wide_tiles(capability),
         )  # fmt: skip
     return MatmulDgradConfig(block(rows, 128), block(columns, 64), block(width, 128), PARTS=2, num_stages=4)
 
@@ -193,9 +203,7 @@ def launch_matmul_dgrad(
     )  # fmt: skip
     if input_range is None:
         return dx, parts.new_empty(0), steps
-    dr = launch_range_grad(
-        parts, input_range, M, K, decay, input_min_percentage, fast_mode, input_range.dtype
-    )
+    dr = launch_range_grad(parts, input_range, M, K, decay, input_min_percentage, fast_mode, input_range.dtype)
     return dx, dr, steps
 
 
@@ -216,7 +224,18 @@ def _matmul_dgrad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runs_kernel(grad) and x.numel() > 0:
         return launch_matmul_dgrad(
-            grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, needs_steps
+            grad,
+            weight,
+            x,
+            clipped,
+            input_range,
+            slices,
+            mask,
+            decay,
+            input_min_percentage,
+            fast_mode,
+            inp_res,
+            needs_steps,
         )
     return reference.matmul_dgrad(
         grad, weight, x, input_range, slices, mask, clipped=clipped, decay=decay,

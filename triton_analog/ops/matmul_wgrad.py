@@ -15,7 +15,17 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import cast, dot, slice_bounds, step_of
-from triton_analog.launch import aligned, block, describable, input_precision, launch, nvidia_capability, runs_kernel, slices_describable
+from triton_analog.launch import (
+    aligned,
+    block,
+    describable,
+    has_wide_tiles,
+    input_precision,
+    launch,
+    nvidia_capability,
+    runs_kernel,
+    slices_describable,
+)
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import descriptor, flagged_rows, grouped, load_tile, saturated
 from triton_analog.ops.dac import launch_dac
@@ -40,10 +50,10 @@ class MatmulWgradConfig:
 
 
 def default_config(columns: int, width: int, rows: int, dtype: torch.dtype, capability: int) -> MatmulWgradConfig:
-    if capability < 90 or dtype == torch.float32:
+    if not has_wide_tiles(capability) or dtype == torch.float32:
         return MatmulWgradConfig(
             block(rows, 32 if dtype == torch.float32 else 64), block(columns, 64), block(width, 128),
-            DESCRIPTORS=capability >= 90,
+            DESCRIPTORS=has_wide_tiles(capability),
         )  # fmt: skip
     return MatmulWgradConfig(block(rows, 64), block(columns, 128), block(width, 256 if columns > 64 else 128))
 
@@ -67,15 +77,15 @@ def without_saturated(
 
 
 @triton.jit
-def sum_columns(
-    grad_ptr, out_ptr, first_n, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def sum_columns(grad_ptr, out_ptr, first_n, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first_m in range(0, M, BLOCK_M):
         m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
         inside = (m < M)[:, None] & (n < N)[None, :]
-        total += tl.load(grad_ptr + m[:, None] * stride_m + n[None, :] * stride_n, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(grad_ptr + m[:, None] * stride_m + n[None, :] * stride_n, mask=inside, other=0.0).to(
+            tl.float32
+        )
     tl.store(out_ptr + n, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -147,9 +157,7 @@ def launch_matmul_wgrad(
     dw = torch.empty(N, K, dtype=dtype, device=x.device)
     dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
     options = asdict(config)
-    options["DESCRIPTORS"] = descriptors = (
-        config.DESCRIPTORS and describable(grad, x) and slices_describable(x, slices)
-    )
+    options["DESCRIPTORS"] = descriptors = config.DESCRIPTORS and describable(grad, x) and slices_describable(x, slices)
     launch(
         matmul_wgrad_kernel, (blocks_n * slices * blocks_k + (triton.cdiv(N, BIAS_COLUMNS.value) if bias_dtype is not None else 0),), x.device,
         descriptor(grad, config.BLOCK_M, config.BLOCK_N, descriptors),
@@ -227,6 +235,4 @@ def matmul_wgrad(
         not converted or inp_res > 0,
         lambda: f"converted: x holds steps, but inp_res is {inp_res}; give the converter's resolution",
     )
-    return _matmul_wgrad(
-        grad, x, input_range, slices, mask, float(inp_res), dtype or grad.dtype, converted, bias_dtype
-    )
+    return _matmul_wgrad(grad, x, input_range, slices, mask, float(inp_res), dtype or grad.dtype, converted, bias_dtype)

@@ -83,7 +83,9 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
             ("int8", lambda: launch_matmul(x, w8, bias, static, S, 254.0, *off, wmax, 254.0)),
             (
                 "int8+adc",
-                lambda: launch_matmul(x, w8, bias, static, S, 254.0, 0.0, None, 10.0, wmax, 254.0, None, wmax, 254.0, False),
+                lambda: launch_matmul(
+                    x, w8, bias, static, S, 254.0, 0.0, None, 10.0, wmax, 254.0, None, wmax, 254.0, False
+                ),
             ),
             ("plain", lambda: launch_matmul(x, w, None, None, S, -1.0, *off)),
         ],
@@ -92,7 +94,10 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
                 "range+mask+steps",
                 lambda: launch_matmul_dgrad(y, w, x, None, static, S, mask, 0.01, 0.95, False, 254.0, True),
             ),
-            ("range+steps", lambda: launch_matmul_dgrad(y, w, x, None, static, S, None, 0.01, 0.95, False, 254.0, True)),
+            (
+                "range+steps",
+                lambda: launch_matmul_dgrad(y, w, x, None, static, S, None, 0.01, 0.95, False, 254.0, True),
+            ),
             (
                 "int8+mask+steps",
                 lambda: launch_matmul_dgrad(y, w, steps, clipped, static, S, mask, 0.01, 0.95, False, 254.0, True),

@@ -11,4 +11,5 @@ from .slicing import iter_slices
 
 def absmax(x: Tensor, slices: int) -> Tensor:
     """``max |x[n, k in s]|`` of ``x [N, K]``: ``[S, N]``, fp32 (fp64 for fp64)."""
-    return torch.stack([wide(part.abs().amax(dim=-1)) for part in iter_slices(x, slices)])
+    parts = iter_slices(x, slices)
+    return torch.stack([wide(torch.maximum(part.amax(dim=-1), -part.amin(dim=-1))) for part in parts])

@@ -8,7 +8,11 @@ from torch import Tensor
 from .grid import half_steps, to_grid, wide
 from .noise import OUTPUT_STREAM, noise
 
-_BIT = [1 << i for i in range(8)]
+# Eight flags, a byte each, are one 64-bit number. _GATHER times that has flag i at bit 56 + i; _SPREAD times eight bits has
+# them in every byte, of which _DIAGONAL keeps bit i in byte i.
+_GATHER = sum(1 << 7 * i for i in range(1, 9))
+_SPREAD = sum(1 << 8 * i for i in range(8))
+_DIAGONAL = sum(1 << 9 * i for i in range(7)) - (1 << 63)
 
 
 def mask_shape(slices: int, rows: int, columns: int) -> tuple[int, int, int, int]:
@@ -22,18 +26,23 @@ def pack_bits(flags: Tensor) -> Tensor:
     Column ``128 * c + 32 * p + 16 * g + 8 * h + 2 * t + l`` is bit ``8 * p + 4 * g + 2 * h + l`` of word ``[c, m, t]``: one
     word holds the columns that one thread of a tensor core's accumulator does.
     """
-    padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 128)).to(torch.uint8)
     shape = mask_shape(1, *flags.shape)[1:]
-    bits = padded.view(len(flags), shape[0], 4, 4, 4, 2).permute(1, 0, 4, 2, 3, 5).reshape(*shape, 4, 8)
-    weights = torch.tensor(_BIT, dtype=torch.uint8, device=flags.device)
-    return (bits * weights).sum(-1, dtype=torch.uint8).view(torch.int32).view(shape)
+    if flags.numel() == 0:  # torch cannot take the elements of an empty tensor for wider ones
+        return torch.zeros(shape, dtype=torch.int32, device=flags.device)
+    padded = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 128))
+    # The two flags of l stay together.
+    pairs = padded.view(torch.int16).view(len(flags), shape[0], 4, 4, 4).permute(1, 0, 4, 2, 3)
+    eights = pairs.contiguous().view(torch.int64)
+    return (eights * _GATHER).bitwise_right_shift_(56).to(torch.uint8).view(*shape, 4).view(torch.int32).view(shape)
 
 
 def unpack_bits(mask: Tensor, columns: int) -> Tensor:
     """The inverse of :func:`pack_bits`: ``[M, columns]`` bool."""
-    weights = torch.tensor(_BIT, dtype=torch.uint8, device=mask.device)
-    bits = (mask.view(torch.uint8)[..., None] & weights).ne(0).unflatten(-1, (4, 2))  # [c, m, 4 t * 4 p, 2 g * 2 h, 2 l]
-    return bits.unflatten(2, (4, 4)).permute(1, 0, 3, 4, 2, 5).flatten(1)[:, :columns]
+    if mask.numel() == 0:
+        return torch.zeros(mask.shape[1], columns, dtype=torch.bool, device=mask.device)
+    eights = mask.view(torch.uint8).to(torch.int64).mul_(_SPREAD).bitwise_and_(_DIAGONAL)
+    pairs = eights.view(torch.uint8).ne(0).view(torch.int16).view(*mask.shape, 4, 4).permute(1, 0, 3, 4, 2)
+    return pairs.flatten(1).view(torch.bool)[:, :columns]
 
 
 def convert(v: Tensor, bound: Tensor, q_max: float) -> tuple[Tensor, Tensor]:
@@ -42,9 +51,12 @@ def convert(v: Tensor, bound: Tensor, q_max: float) -> tuple[Tensor, Tensor]:
     The decision is taken in units of one step, where it is exact.
     """
     if q_max > 0:
-        q = to_grid(v, bound, q_max).clamp(-q_max - 1, q_max + 1).round()
-        return q.clamp(-q_max, q_max) * (bound / q_max), ~(q.abs() <= q_max)
-    return torch.maximum(torch.minimum(v, bound), -bound), ~(v.abs() <= bound)
+        q = to_grid(v, bound, q_max).round_()
+        clamped = q.clamp(-q_max, q_max)
+        saturated = clamped != q
+        return clamped.mul_(bound / q_max), saturated
+    clamped = torch.maximum(torch.minimum(v, bound), -bound)
+    return clamped, clamped != v
 
 
 def adc(

@@ -38,7 +38,9 @@ def dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tu
         q, _ = dac_slice(part, r, q_max)
         touches.append(part.abs() >= r)
         passes.append(part.abs() <= r)
-        steps.append(torch.where(touches[-1] & (q == 0), part.sign(), q).nan_to_num().to(torch.int8))  # sign for a range of 0
+        steps.append(
+            torch.where(touches[-1] & (q == 0), part.sign(), q).nan_to_num().to(torch.int8)
+        )  # sign for a range of 0
     rows = len(x) if input_range.ndim == 1 else 0
     flags = torch.stack([torch.cat(touches, -1)[:rows], torch.cat(passes, -1)[:rows]])
     return torch.cat(steps, -1), _pack_bytes(flags)

@@ -52,13 +52,13 @@ def matmul(
             unit = unit * (wide(weight_wmax[s]) / half_steps(weight_res))
             y_s = (operand.double() @ w_s.double().T).to(operand.dtype) * unit
         else:
-            y_s = (operand @ wide(w_s).T) * unit
+            y_s = (operand @ wide(w_s).T).mul_(unit)
         if out_noise > 0:
             assert noise_wmax is not None
             assert seed is not None
             sigma_s = sigma * r * wide(noise_wmax[s])
             if out_bound > 0:
-                y_s = y_s + sigma_s * noise(seed, M, N, stream=OUTPUT_STREAM, plane=s)
+                y_s.addcmul_(sigma_s, noise(seed, M, N, stream=OUTPUT_STREAM, plane=s))
             else:
                 variance = variance + sigma_s**2
         if out_bound > 0:

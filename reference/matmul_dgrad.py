@@ -49,14 +49,14 @@ def matmul_dgrad(
     if input_range is not None and x.dtype == torch.int8:
         assert clipped is not None
         x = restore(x, clipped, input_range, slices, g.dtype)
-    parts, range_grads = [], []
-    for s, (x_s, w_s) in enumerate(zip(iter_slices(x, slices), iter_slices(weight, slices), strict=True)):
-        dx = masked(g, mask, s) @ wide(w_s)
+    out, range_grads = g.new_empty(x.shape), []
+    parts = zip(*(iter_slices(v, slices) for v in (x, weight, out)), strict=True)
+    for s, (x_s, w_s, dx) in enumerate(parts):
+        torch.mm(masked(g, mask, s), wide(w_s), out=dx)
         if input_range is not None:
             x_s = wide(x_s)
             r = input_range[s].to(x_s.dtype)
             range_grads.append(input_range_grad_slice(dx, x_s, r, decay, input_min_percentage, fast_mode))
-            dx = torch.where(x_s.abs() <= r.abs(), dx, 0.0)
-        parts.append(dx.to(grad.dtype))
+            dx.copy_(torch.where(x_s.abs() <= r.abs(), dx, 0.0))
     dr = torch.stack(range_grads).to(input_range.dtype) if input_range is not None else g.new_empty(0)
-    return torch.cat(parts, dim=-1), dr, steps
+    return out.to(grad.dtype), dr, steps

@@ -28,13 +28,13 @@ def matmul_wgrad(
     and its range unless ``x`` is ``converted``: numbers of steps."""
     g = wide(grad)
     q_max = half_steps(inp_res)
-    parts = []
-    for s, x_s in enumerate(iter_slices(x, slices)):
+    dw = g.new_empty(grad.shape[1], x.shape[1])
+    for s, (x_s, dw_s) in enumerate(zip(iter_slices(x, slices), iter_slices(dw, slices), strict=True)):
         operand = x_s.to(g.dtype)
         unit: Tensor | float = 1.0
         if input_range is not None:
             r = range_of(input_range, s, operand)
             operand, unit = (operand, r / q_max) if converted else dac_slice(operand, r, q_max)
-        parts.append((masked(g, mask, s).T @ (operand * unit)).to(dtype or grad.dtype))
+        torch.mm(masked(g, mask, s).T, operand * unit, out=dw_s)
     dbias = g.sum(0).to(bias_dtype) if bias_dtype is not None else g.new_empty(0, dtype=dtype or grad.dtype)
-    return torch.cat(parts, dim=-1), dbias
+    return dw.to(dtype or grad.dtype), dbias

@@ -39,9 +39,9 @@ def weight(
     for s, part in enumerate(iter_slices(wide(weight), slices)):
         if q_max > 0:
             bound = _bound(wmax, s, quantization)
-            part = to_grid(part, bound, q_max).clamp(-q_max, q_max).round()
+            part = to_grid(part, bound, q_max).clamp_(-q_max, q_max).round_()
             if dtype != torch.int8:
-                part = part * (bound / q_max)
+                part.mul_(bound / q_max)
         elif clip is not None:
             part = torch.maximum(torch.minimum(part, wmax[s][:, None]), -wmax[s][:, None])
         parts.append(part)
@@ -50,7 +50,7 @@ def weight(
         assert seed is not None
         z = noise(seed, *weight.shape, stream=WEIGHT_STREAM)
         for s, (part, z_s) in enumerate(zip(iter_slices(out, slices), iter_slices(z, slices), strict=True)):
-            part += (std_dev * _bound(wmax, s, noise_type)) * z_s
+            part.addcmul_(std_dev * _bound(wmax, s, noise_type), z_s)
     return out.to(dtype or weight.dtype), wmax
 
 

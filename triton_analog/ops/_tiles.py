@@ -124,3 +124,13 @@ def saturated(mask_ptr, s, first_m, first_n, M, N, ROWS: tl.constexpr, COLUMNS: 
     u = first_n % 128 // 8 + tl.arange(0, COLUMNS // 8)
     bit = 2 * u[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
     return ((words[:, None, :, None] >> bit.to(tl.int32)) & 1 != 0).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def blocked_part(grad, mask_ptr, s, first_m, first_n, M, N, attempt, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile of gradients for another attempt at a product: first minus those that slice ``s`` did not let pass, next all
+    others; and whether the first have any that is not finite."""
+    blocked = saturated(mask_ptr, s, first_m, first_n, M, N, ROWS, COLUMNS)
+    g = grad.to(tl.float32)
+    part = tl.where(blocked == (attempt == 0), tl.where(attempt == 0, -g, g), 0.0)
+    return part, tl.max((blocked & ((tl.abs(g) < float("inf")) == 0)).to(tl.int32))

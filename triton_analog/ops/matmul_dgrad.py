@@ -26,7 +26,7 @@ from triton_analog.launch import (
     slices_describable,
 )
 from triton_analog.ops import _checks as check
-from triton_analog.ops._tiles import column_parts, descriptor, flagged_columns, grouped, load_tile, saturated
+from triton_analog.ops._tiles import blocked_part, column_parts, descriptor, flagged_columns, grouped, load_tile
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
 from triton_analog.reference.grid import half_steps
 
@@ -81,17 +81,26 @@ def without_saturated(
 ):  # fmt: skip
     """``dx`` without the gradients that slice ``s`` did not let pass: the blocks that have any are subtracted again.
 
-    They are rare, and the loop before never has to touch an operand for them.
+    They are rare, and the loop before never has to touch an operand for them. What is not finite cannot be subtracted: then
+    everything is added up anew.
     """
-    for chunk in range(0, N, 4096):
-        flags = flagged_columns(mask_ptr, s, first_m, chunk, M, N, BLOCK_M)
-        for i in tl.range(0, 4096 // BLOCK_N, num_stages=1):
-            if (flags >> (i * BLOCK_N // 64)) & (1 if BLOCK_N <= 64 else 3) != 0:
-                first_n = chunk + i * BLOCK_N
-                g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
-                b = load_tile(w, first_n, first_k, stride_wn, stride_wk, N, k_end, DESCRIPTORS, BLOCK_N, BLOCK_K)
-                blocked = saturated(mask_ptr, s, first_m, first_n, M, N, BLOCK_M, BLOCK_N)
-                dx = dot(cast(tl.where(blocked, -g.to(tl.float32), 0.0), b.dtype), b, dx, PRECISION)
+    anew = 0
+    for attempt in range(0, 2):
+        if (attempt == 0) | (anew > 0):
+            dx = tl.where(attempt == 0, dx, 0.0)
+            for chunk in range(0, N, 4096):
+                flags = flagged_columns(mask_ptr, s, first_m, chunk, M, N, BLOCK_M)
+                for i in tl.range(0, 4096 // BLOCK_N, num_stages=1):
+                    flag = (flags >> (i * BLOCK_N // 64)) & (1 if BLOCK_N <= 64 else 3)
+                    first_n = chunk + i * BLOCK_N
+                    if (first_n < N) & ((flag != 0) | (attempt > 0)):
+                        g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+                        b = load_tile(
+                            w, first_n, first_k, stride_wn, stride_wk, N, k_end, DESCRIPTORS, BLOCK_N, BLOCK_K
+                        )
+                        g, infinite = blocked_part(g, mask_ptr, s, first_m, first_n, M, N, attempt, BLOCK_M, BLOCK_N)
+                        anew += infinite
+                        dx = dot(cast(g, b.dtype), b, dx, PRECISION)
     return dx
 
 

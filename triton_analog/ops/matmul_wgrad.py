@@ -27,7 +27,7 @@ from triton_analog.launch import (
     slices_describable,
 )
 from triton_analog.ops import _checks as check
-from triton_analog.ops._tiles import descriptor, flagged_rows, grouped, load_tile, saturated
+from triton_analog.ops._tiles import blocked_part, descriptor, flagged_rows, grouped, load_tile
 from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
 
@@ -63,16 +63,23 @@ def without_saturated(
     dw, grad, x, mask_ptr, s, first_n, first_k, M, N, k_end, stride_gm, stride_gn, stride_xm, stride_xk,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``dw`` without the gradients that slice ``s`` did not let pass: the blocks that have any are subtracted again."""
-    for chunk in range(0, M, 64 * BLOCK_M):
-        flags = flagged_rows(mask_ptr, s, chunk, first_n, M, N, BLOCK_M)
-        for i in tl.range(0, 64, num_stages=1):
-            if (flags >> i) & 1 != 0:
-                first_m = chunk + i * BLOCK_M
-                g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
-                b = load_tile(x, first_m, first_k, stride_xm, stride_xk, M, k_end, DESCRIPTORS, BLOCK_M, BLOCK_K)
-                blocked = saturated(mask_ptr, s, first_m, first_n, M, N, BLOCK_M, BLOCK_N)
-                dw = dot(tl.trans(cast(tl.where(blocked, -g.to(tl.float32), 0.0), b.dtype)), b, dw, PRECISION)
+    """``dw`` without the gradients that slice ``s`` did not let pass, as in :mod:`matmul_dgrad`."""
+    anew = 0
+    for attempt in range(0, 2):
+        if (attempt == 0) | (anew > 0):
+            dw = tl.where(attempt == 0, dw, 0.0)
+            for chunk in range(0, M, 64 * BLOCK_M):
+                flags = flagged_rows(mask_ptr, s, chunk, first_n, M, N, BLOCK_M)
+                for i in tl.range(0, 64, num_stages=1):
+                    first_m = chunk + i * BLOCK_M
+                    if (first_m < M) & (((flags >> i) & 1 != 0) | (attempt > 0)):
+                        g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+                        b = load_tile(
+                            x, first_m, first_k, stride_xm, stride_xk, M, k_end, DESCRIPTORS, BLOCK_M, BLOCK_K
+                        )
+                        g, infinite = blocked_part(g, mask_ptr, s, first_m, first_n, M, N, attempt, BLOCK_M, BLOCK_N)
+                        anew += infinite
+                        dw = dot(tl.trans(cast(g, b.dtype)), b, dw, PRECISION)
     return dw
 
 

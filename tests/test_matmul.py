@@ -36,14 +36,14 @@ SHAPES = [
 ]
 CONFIGS = {
     "default": None,
-    "small blocks": MatmulConfig(16, 32, 16, GROUP_M=1, DESCRIPTORS=False),
+    "small blocks": MatmulConfig(32, 64, 16, GROUP_M=1, DESCRIPTORS=False),
     "large blocks": MatmulConfig(64, 128, 64, DESCRIPTORS=False),
     "two parts": MatmulConfig(32, 64, 16, GROUP_M=2, PARTS=2, DESCRIPTORS=False),
-    "two wide parts": MatmulConfig(16, 256, 32, PARTS=2, DESCRIPTORS=False),
+    "two wide parts": MatmulConfig(32, 256, 32, PARTS=2, DESCRIPTORS=False),
     "converting in the loop": MatmulConfig(32, 64, 16, PREPARED=False, DESCRIPTORS=False),
-    "descriptors": MatmulConfig(16, 32, 16),
+    "descriptors": MatmulConfig(32, 64, 16),
     "descriptors and parts": MatmulConfig(32, 128, 32, GROUP_M=3, PARTS=2),
-    "descriptors, converting in the loop": MatmulConfig(16, 64, 32, PARTS=2, PREPARED=False),
+    "descriptors, converting in the loop": MatmulConfig(32, 64, 32, PARTS=2, PREPARED=False),
 }
 UNBOUNDED_CONFIGS = {
     **CONFIGS,
@@ -334,7 +334,7 @@ def test_awkward_widths(shape, descriptors, prepared, backend, device):
     x, weight, bias = operands(rows, columns, features, device)
     x, weight = padded_rows(x), padded_rows(weight)
     assert describable(x, weight)
-    config = MatmulConfig(16, 128, 32, PARTS=2, PREPARED=prepared, DESCRIPTORS=descriptors)
+    config = MatmulConfig(32, 128, 32, PARTS=2, PREPARED=prepared, DESCRIPTORS=descriptors)
     options = everything(weight, slices, device, scale=2.1) | {"out_noise": 0.1 if prepared else 0.0}
     assert_is_the_product(x, weight, bias, make_range("static", x, slices), slices, config=config, **options)
 
@@ -346,7 +346,7 @@ def test_descriptors_leave_out_what_they_cannot_address(backend, device):
     r, options = tensor([0.7, 1.3], device), everything(weight, 2, device) | {"out_noise": 0.0}
     expected = launch_matmul(x, weight, bias, r, 2, **options)
     for prepared in (False, True):
-        config = MatmulConfig(16, 32, 16, PREPARED=prepared)
+        config = MatmulConfig(32, 64, 16, PREPARED=prepared)
         for view in ("contiguous", "transposed", "strided", "column_sliced"):
             operands_of_view = viewed(x, view), viewed(weight, view)
             assert not describable(operands_of_view[1])

@@ -442,8 +442,9 @@ def update_input_range(
     """Learn ``input_range`` from the first ``init_from_data`` batches of data, in place (SEMANTICS 7).
 
     Call it in training before the range is used. Where several forwards come before one backward, give each of them a
-    ``input_range.clone()``, as the next update changes the range that the last one's backward needs. All conditions stay on the device, and nothing is read once every slice's
-    start-up is over. A forward recomputed in the backward (activation checkpointing) changes nothing.
+    ``input_range.clone()``, as the next update changes the range that the last one's backward needs. All conditions stay on
+    the device, and nothing is read once every slice's start-up is over. A forward recomputed in the backward (activation
+    checkpointing) changes nothing.
 
     Args:
         x: Inputs ``[..., K]``; an empty batch changes nothing.

@@ -241,7 +241,7 @@ def int8_steps(name: str, res: float) -> None:
     """A resolution whose numbers of steps fit int8."""
     resolution(name, res)
     require(
-        0 < res and max(res, 1 / res) <= 254,
+        res > 0 and max(res, 1 / res) <= 254,
         lambda: f"{name}: got {res}; int8 holds at most 254 steps, so 2 to 254 or the inverse of that are allowed",
     )
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from triton_analog import reference
 from triton_analog.lang import (
     DYNAMIC_RANGE,
-    NO_RANGE,
     OUTPUT_STREAM,
     STATIC_RANGE,
     TINY,
@@ -85,16 +84,16 @@ def default_config(
     """``per_slice``: slices are finished separately, which takes a second accumulator. ``capability``: of the GPU."""
     size = dtype.itemsize
     block_k = block(width, 128 // size if has_wide_tiles(capability) else min(64, 128 // size), 32 if size == 1 else 16)
-    block_n = block(columns, 128, 32)
+    block_m, block_n = block(rows, 64, 32), block(columns, 128, 64)
     parts = 2 if block_n == 128 and (per_slice or noise) else 1
     if capability == 0:  # AMD's shared memory has no room for splitting a tile
-        return MatmulConfig(block(rows, 64), block_n, block_k, DESCRIPTORS=False, num_stages=2)
+        return MatmulConfig(block_m, block_n, block_k, DESCRIPTORS=False, num_stages=2)
     if not has_wide_tiles(capability) or size == 4:
-        return MatmulConfig(block(rows, 64), block_n, block_k, PARTS=parts, DESCRIPTORS=has_wide_tiles(capability))
+        return MatmulConfig(block_m, block_n, block_k, PARTS=parts, DESCRIPTORS=has_wide_tiles(capability))
     if per_slice or rows <= 128 or columns <= 128 or (noise and dynamic):
         # Two of these fit on Hopper's multiprocessor: one finishes a slice while the other multiplies.
         warps = 4 if capability < 100 else 8
-        return MatmulConfig(block(rows, 64), block_n, block_k, PARTS=parts, num_warps=warps, num_stages=4)
+        return MatmulConfig(block_m, block_n, block_k, PARTS=parts, num_warps=warps, num_stages=4)
     return MatmulConfig(256, block_n, block_k, PARTS=4 if noise else 1)
 
 
@@ -113,8 +112,8 @@ def write_coefficients(
     bound_columns, weight_columns, in_q_max, weight_q_max, sigma, out_bound, out_q_max,
     MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """``[3, S, columns]``, 0 beyond ``N``: factors that bring product and noise into ADC steps (without rounding: into the product's unit), and the
-    step (the bound). A static range is part of them; a dynamic one multiplies what comes out."""
+    """``[3, S, columns]``, 0 beyond ``N``: factors that bring product and noise into ADC steps (without rounding: into the
+    product's unit), and the step (the bound). A static range is part of them; a dynamic one multiplies what comes out."""
     r = tl.abs(tl.load(range_ptr + s).to(tl.float32)) if MODE == STATIC_RANGE else 1.0
     product = tl.zeros_like(n).to(tl.float32) + (r / in_q_max if DAC else 1.0)
     if INT8:
@@ -186,7 +185,7 @@ def finish_slice(
     if MODE == DYNAMIC_RANGE:
         r = load_range(range_ptr, s, m, M, MODE)
         if not DAC:
-            v *= tl.where(r < TINY, 0.0, 1.0 / r)
+            v *= tl.where(r < TINY, 0.0, 1.0 / tl.where(r < TINY, 1.0, r))
     if NOISE and BOUND:
         noise = tl.load(at + S * columns)[None, :]
         v += noise * normal_tile(seed, first_m, first_n, s, OUTPUT_STREAM, ROWS, COLUMNS)
@@ -291,7 +290,7 @@ def matmul_kernel(
                         y0, parts[0], coefficient_ptr, range_ptr, seed, mask_ptr, s, first_m, first_n, M, N, S,
                         blocks_n * BLOCK_N, out_q_max, MODE, DAC, NOISE, BOUND, ADC, MASK, BLOCK_M, COLUMNS,
                     )  # fmt: skip
-                if PARTS == 2:
+                if PARTS == 2:  # noqa: SIM102 (this one is known to the compiler, the next one is not)
                     if N > 0:
                         y1 = finish_slice(
                             y1, parts[1], coefficient_ptr, range_ptr, seed, mask_ptr, s, first_m, first_n + COLUMNS, M, N, S,
@@ -314,7 +313,7 @@ def matmul_kernel(
             acc *= unit
         parts = column_parts(acc, PARTS, BLOCK_M, BLOCK_N)
     for part in tl.static_range(PARTS):
-        if M > part - PARTS:
+        if part - PARTS < M:
             finish_tile(
                 parts[part], bias_ptr, range_ptr, noise_wmax_ptr, poison_ptr, seed, y_ptr, first_m,
                 first_n + part * COLUMNS, M, N, S, noise_columns, sigma, MODE, FOLDED_NOISE, BIAS, INT8, BLOCK_M, COLUMNS,
@@ -344,10 +343,15 @@ def launch_matmul(
         slices = 1
     sigma, in_q_max, out_q_max = out_noise / slices**0.5, half_steps(inp_res), half_steps(out_res)
     int8, ranged = weight.dtype == torch.int8, input_range is not None
+    dynamic = input_range is not None and input_range.ndim == 2
     config = config or default_config(
         M, N, triton.cdiv(K, slices), weight.dtype, nvidia_capability(x.device), per_slice=int8 or out_bound > 0,
-        noise=out_noise > 0, dynamic=ranged and input_range.ndim == 2,
+        noise=out_noise > 0, dynamic=dynamic,
     )  # fmt: skip
+    check.require(  # with less, Triton 3.6 packed a wrong mask on Hopper
+        out_bound <= 0 or (config.BLOCK_M >= 32 and config.BLOCK_N >= 64),
+        lambda: f"config: got tiles of {config.BLOCK_M} x {config.BLOCK_N}; with a bound at least 32 x 64 are needed",
+    )
     width = triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K) * config.BLOCK_K
     convert = ranged and not config.PREPARED and not int8
 

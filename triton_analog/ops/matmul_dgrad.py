@@ -69,9 +69,8 @@ def clip_flags(x_ptr, clipped_ptr, range_ptr, s, m, k, M, K, stride_m, stride_k,
         touches = (tl.load(at, mask=inside, other=0).to(tl.int32) >> bit) & 1 != 0
         passes = (tl.load(at + M.to(tl.int64) * row_bytes, mask=inside, other=0).to(tl.int32) >> bit) & 1 != 0
         return x, touches & (x >= 0), touches & (x <= 0), passes & inside
-    else:
-        r = tl.abs(tl.load(range_ptr + s).to(tl.float32))
-        return x, inside & (x >= r), inside & (x <= -r), inside & (tl.abs(x) <= r)
+    r = tl.abs(tl.load(range_ptr + s).to(tl.float32))
+    return x, inside & (x >= r), inside & (x <= -r), inside & (tl.abs(x) <= r)
 
 
 @triton.jit
@@ -85,7 +84,7 @@ def without_saturated(
     everything is added up anew.
     """
     anew = 0
-    for attempt in range(0, 2):
+    for attempt in range(2):
         if (attempt == 0) | (anew > 0):
             dx = tl.where(attempt == 0, dx, 0.0)
             for chunk in range(0, N, 4096):
@@ -160,7 +159,7 @@ def matmul_dgrad_kernel(
     parts = column_parts(dx, PARTS, BLOCK_M, BLOCK_K)
     widen, unclipped = 0.0, 0.0
     for i in tl.static_range(PARTS):
-        if M > i - PARTS:
+        if i - PARTS < M:
             sums = finish_part(
                 parts[i], x_ptr, clipped_ptr, range_ptr, dx_ptr, steps_ptr, s, m, start, first_column + i * COLUMNS,
                 slice_width, M, K, stride_xm, stride_xk, in_q_max, CLIP, FAST, STEPS, INT8, COLUMNS,
@@ -294,7 +293,8 @@ def matmul_dgrad(
             :func:`triton_analog.ops.matmul_wgrad` a pass. Needs ``input_range`` and ``inp_res``.
 
     Returns:
-        ``dx [M, K]`` in the dtype of ``grad``, ``dr [S]`` in that of ``input_range``, and the steps ``[M, K]`` in the dtype of ``grad`` (or no rows).
+        ``dx [M, K]`` in the dtype of ``grad``, ``dr [S]`` in that of ``input_range``, and the steps ``[M, K]`` in the dtype of
+        ``grad`` (or no rows).
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.

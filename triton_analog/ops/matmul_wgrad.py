@@ -31,7 +31,6 @@ from triton_analog.ops._tiles import blocked_part, descriptor, flagged_rows, gro
 from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
 
-
 BIAS_COLUMNS = tl.constexpr(32)
 """Columns of the gradient that one program sums."""
 
@@ -65,7 +64,7 @@ def without_saturated(
 ):  # fmt: skip
     """``dw`` without the gradients that slice ``s`` did not let pass, as in :mod:`matmul_dgrad`."""
     anew = 0
-    for attempt in range(0, 2):
+    for attempt in range(2):
         if (attempt == 0) | (anew > 0):
             dw = tl.where(attempt == 0, dw, 0.0)
             for chunk in range(0, M, 64 * BLOCK_M):
@@ -163,10 +162,11 @@ def launch_matmul_wgrad(
     blocks_n, blocks_k = triton.cdiv(N, config.BLOCK_N), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
     dw = torch.empty(N, K, dtype=dtype, device=x.device)
     dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
+    bias_programs = 0 if bias_dtype is None else triton.cdiv(N, BIAS_COLUMNS.value)
     options = asdict(config)
     options["DESCRIPTORS"] = descriptors = config.DESCRIPTORS and describable(grad, x) and slices_describable(x, slices)
     launch(
-        matmul_wgrad_kernel, (blocks_n * slices * blocks_k + (triton.cdiv(N, BIAS_COLUMNS.value) if bias_dtype is not None else 0),), x.device,
+        matmul_wgrad_kernel, (blocks_n * slices * blocks_k + bias_programs,), x.device,
         descriptor(grad, config.BLOCK_M, config.BLOCK_N, descriptors),
         descriptor(x, config.BLOCK_M, config.BLOCK_K, descriptors), grad,
         None if input_range is None else input_range.contiguous(), mask, dw, dbias,

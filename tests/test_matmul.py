@@ -355,6 +355,15 @@ def test_descriptors_leave_out_what_they_cannot_address(backend, device):
             assert torch.equal(mask, expected[1])
 
 
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+@pytest.mark.parametrize("config", [MatmulConfig(16, 64, 16), MatmulConfig(32, 32, 16)])
+def test_tiles_too_small_for_a_bound_are_refused(config, backend, device):
+    x, weight, bias = operands(7, 23, 45, device)
+    r, options = tensor([0.7, 1.3], device), everything(weight, 2, device)
+    with pytest.raises(ValueError, match=r"config: got tiles of .*; with a bound at least 32 x 64 are needed"):
+        launch_matmul(x, weight, bias, r, 2, **options, config=config)
+
+
 def test_a_mask_that_nobody_needs_is_left_out(backend, device):
     x, weight, bias = operands(7, 23, 45, device)
     r, options = tensor([0.7, 1.3], device), everything(weight, 2, device)

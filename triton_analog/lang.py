@@ -116,9 +116,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     widened first."""
     if a.dtype == tl.int8:
         return tl.dot(a, b, acc, out_dtype=tl.int32)
-    if INTERPRETED:
+    elif INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -127,7 +128,8 @@ def minus_two_log(u):
     if is_nvidia():  # the hardware's: one instruction instead of twelve, off by at most 2**-22 where u is near 1
         log2 = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
         return tl.abs(1.3862943611198906 * log2)
-    return -2.0 * tl.log(u)
+    else:
+        return -2.0 * tl.log(u)
 
 
 @triton.jit
@@ -160,7 +162,8 @@ def multiply_wide(a, FACTOR: tl.constexpr):
         return tl.inline_asm_elementwise(
             MULTIPLY_WIDE, "=r,=r,r,r", [a, factor], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1
         )
-    return tl.umulhi(a, factor), a * factor
+    else:
+        return tl.umulhi(a, factor), a * factor
 
 
 @triton.jit

@@ -35,10 +35,11 @@ def load_tile(
     """``source[row : row + ROWS, column : column + COLUMNS]``, 0 beyond the ends (of a descriptor: beyond the matrix)."""
     if DESCRIPTOR:
         return source.load([row, column])
-    rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
-    columns = column + tl.arange(0, COLUMNS).to(tl.int64)[None, :]
-    inside = (rows < row_end) & (columns < column_end)
-    return tl.load(source + rows * stride_row + columns * stride_column, mask=inside, other=0)
+    else:
+        rows = row + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        columns = column + tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+        inside = (rows < row_end) & (columns < column_end)
+        return tl.load(source + rows * stride_row + columns * stride_column, mask=inside, other=0)
 
 
 @triton.jit
@@ -56,10 +57,11 @@ def column_parts(tile, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.cons
     """
     if PARTS == 1:
         return tl.tuple((tile,))
-    if PARTS == 2:
+    elif PARTS == 2:
         return halves(tile, ROWS, COLUMNS)
-    left, right = halves(tile, ROWS, COLUMNS)
-    return halves(left, ROWS, COLUMNS // 2) + halves(right, ROWS, COLUMNS // 2)
+    else:
+        left, right = halves(tile, ROWS, COLUMNS)
+        return halves(left, ROWS, COLUMNS // 2) + halves(right, ROWS, COLUMNS // 2)
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def default_config(
     if capability == 0:  # AMD's shared memory has no room for splitting a tile
         return MatmulConfig(block_m, block_n, block_k, DESCRIPTORS=False, num_stages=2)
     if not has_wide_tiles(capability) or size == 4:
-        return MatmulConfig(block_m, block_n, block_k, PARTS=parts, DESCRIPTORS=has_wide_tiles(capability))
+        return MatmulConfig(block_m, block_n, block_k, PARTS=parts, DESCRIPTORS=False)
     if per_slice or rows <= 128 or columns <= 128 or (noise and dynamic):
         # Two of these fit on Hopper's multiprocessor: one finishes a slice while the other multiplies.
         warps = 4 if capability < 100 else 8

@@ -50,7 +50,7 @@ def default_config(rows: int, columns: int, width: int, dtype: torch.dtype, capa
     if not has_wide_tiles(capability) or dtype == torch.float32:
         return MatmulDgradConfig(
             block(rows, 64), block(columns, 32 if dtype == torch.float32 else 64), block(width, 128),
-            PARTS=4, DESCRIPTORS=has_wide_tiles(capability),
+            PARTS=4, DESCRIPTORS=False,
         )  # fmt: skip
     return MatmulDgradConfig(block(rows, 128), block(columns, 64), block(width, 128), PARTS=2, num_stages=4)
 
@@ -69,8 +69,9 @@ def clip_flags(x_ptr, clipped_ptr, range_ptr, s, m, k, M, K, stride_m, stride_k,
         touches = (tl.load(at, mask=inside, other=0).to(tl.int32) >> bit) & 1 != 0
         passes = (tl.load(at + M.to(tl.int64) * row_bytes, mask=inside, other=0).to(tl.int32) >> bit) & 1 != 0
         return x, touches & (x >= 0), touches & (x <= 0), passes & inside
-    r = tl.abs(tl.load(range_ptr + s).to(tl.float32))
-    return x, inside & (x >= r), inside & (x <= -r), inside & (tl.abs(x) <= r)
+    else:
+        r = tl.abs(tl.load(range_ptr + s).to(tl.float32))
+        return x, inside & (x >= r), inside & (x <= -r), inside & (tl.abs(x) <= r)
 
 
 @triton.jit

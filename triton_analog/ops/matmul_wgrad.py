@@ -52,7 +52,7 @@ def default_config(columns: int, width: int, rows: int, dtype: torch.dtype, capa
     if not has_wide_tiles(capability) or dtype == torch.float32:
         return MatmulWgradConfig(
             block(rows, 32 if dtype == torch.float32 else 64), block(columns, 64), block(width, 128),
-            DESCRIPTORS=has_wide_tiles(capability),
+            DESCRIPTORS=False,
         )  # fmt: skip
     return MatmulWgradConfig(block(rows, 64), block(columns, 128), block(width, 256 if columns > 64 else 128))
 

@@ -127,9 +127,13 @@ def test_a_recording_chooses_as_for_its_target(target, expected):
         (lambda x: x[:, ::2], 12, False),
         (lambda x: x.T, 12, False),
         (lambda x: x[:, :1].expand(12, 12), 12, False),
+        (lambda x: x[:1].expand(12, 12), 12, False),
     ],
-    ids=["rows", "left columns", "lower rows", "right columns", "odd rows", "odd start", "gaps", "columns", "expanded"],
-)
+    ids=[
+        "rows", "left columns", "lower rows", "right columns", "odd rows", "odd start", "gaps", "columns", "one column",
+        "one row",
+    ],
+)  # fmt: skip
 def test_descriptors_address_aligned_rows(view, columns, expected):
     """What they cannot address is loaded without them."""
     x = view(torch.randn(12, columns))

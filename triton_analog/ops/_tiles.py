@@ -127,10 +127,17 @@ def saturated(mask_ptr, s, first_m, first_n, M, N, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def blocked_part(grad, mask_ptr, s, first_m, first_n, M, N, attempt, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of gradients for another attempt at a product: first minus those that slice ``s`` did not let pass, next all
-    others; and whether the first have any that is not finite."""
+def blocked_part(
+    grad, mask_ptr, s, first_m, first_n, M, N, attempt, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A tile of gradients for another attempt at a product that sums over ``AXIS``: first minus those that slice ``s`` did
+    not let pass, next all others; and whether the first are too large, beside the others, to be subtracted without a trace."""
     blocked = saturated(mask_ptr, s, first_m, first_n, M, N, ROWS, COLUMNS)
     g = grad.to(tl.float32)
+    size = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as integers in the same order, NaN and infinity largest
+    passing = tl.max(tl.where(blocked, 0, size), axis=AXIS)
+    stopped = tl.max(tl.where(blocked, size, 0), axis=AXIS)
+    # Eight in the exponent are a factor of 256.
+    too_large = tl.max(((stopped > passing + (8 << 23)) | (stopped >= 0x7F800000)).to(tl.int32))
     part = tl.where(blocked == (attempt == 0), tl.where(attempt == 0, -g, g), 0.0)
-    return part, tl.max((blocked & ((tl.abs(g) < float("inf")) == 0)).to(tl.int32))
+    return part, too_large

@@ -81,8 +81,8 @@ def without_saturated(
 ):  # fmt: skip
     """``dx`` without the gradients that slice ``s`` did not let pass: the blocks that have any are subtracted again.
 
-    They are rare, and the loop before never has to touch an operand for them. What is not finite cannot be subtracted: then
-    everything is added up anew.
+    They are rare, and the loop before never has to touch an operand for them. What is infinite, or large enough for its
+    rounding to be seen in the rest, cannot be subtracted: then everything is added up anew.
     """
     anew = 0
     for attempt in range(2):
@@ -98,8 +98,8 @@ def without_saturated(
                         b = load_tile(
                             w, first_n, first_k, stride_wn, stride_wk, N, k_end, DESCRIPTORS, BLOCK_N, BLOCK_K
                         )
-                        g, infinite = blocked_part(g, mask_ptr, s, first_m, first_n, M, N, attempt, BLOCK_M, BLOCK_N)
-                        anew += infinite
+                        g, too_large = blocked_part(g, mask_ptr, s, first_m, first_n, M, N, attempt, 1, BLOCK_M, BLOCK_N)
+                        anew += too_large
                         dx = dot(cast(g, b.dtype), b, dx, PRECISION)
     return dx
 

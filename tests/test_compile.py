@@ -90,7 +90,7 @@ BATCHES = [
 ]  # fmt: skip
 """Even and odd, multiples of 16 and not, 1, powers of two and their neighbours."""
 LARGEST_ROW_BLOCK = 256
-REDUCTIONS = {"range_grad_kernel", "merge_moments_kernel", "input_range_learn_kernel"}
+REDUCTIONS = {"range_grad_kernel", "merge_moments_kernel", "input_range_learn_kernel", "merge_extrema_kernel"}
 """They read one partial result per block of rows, all at once: their block is the number of those, as a power of two."""
 POWERS_OF_TWO = 7
 """16, 32 .. 1024: the sizes that a block can have."""

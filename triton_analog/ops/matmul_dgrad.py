@@ -98,7 +98,9 @@ def without_saturated(
                         b = load_tile(
                             w, first_n, first_k, stride_wn, stride_wk, N, k_end, DESCRIPTORS, BLOCK_N, BLOCK_K
                         )
-                        g, too_large = blocked_part(g, mask_ptr, s, first_m, first_n, M, N, attempt, 1, BLOCK_M, BLOCK_N)
+                        g, too_large = blocked_part(
+                            g, mask_ptr, s, first_m, first_n, M, N, attempt, 1, BLOCK_M, BLOCK_N
+                        )
                         anew += too_large
                         dx = dot(cast(g, b.dtype), b, dx, PRECISION)
     return dx

@@ -76,7 +76,9 @@ def without_saturated(
                         b = load_tile(
                             x, first_m, first_k, stride_xm, stride_xk, M, k_end, DESCRIPTORS, BLOCK_M, BLOCK_K
                         )
-                        g, too_large = blocked_part(g, mask_ptr, s, first_m, first_n, M, N, attempt, 0, BLOCK_M, BLOCK_N)
+                        g, too_large = blocked_part(
+                            g, mask_ptr, s, first_m, first_n, M, N, attempt, 0, BLOCK_M, BLOCK_N
+                        )
                         anew += too_large
                         dw = dot(tl.trans(cast(g, b.dtype)), b, dw, PRECISION)
     return dw

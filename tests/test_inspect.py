@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_analog.tuning import __main__ as command
+from triton_analog.tuning import command
 from triton_analog.tuning import inspect as inspector
 from triton_analog.tuning.disassembly import (
     Instruction,

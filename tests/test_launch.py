@@ -106,13 +106,17 @@ def test_recording_starts_nothing():
 
 
 @pytest.mark.parametrize(
-    ("target", "expected"), [(HOPPER, 90), (GPUTarget("cuda", 120, 32), 120), (GPUTarget("hip", "gfx942", 64), 0)]
+    ("target", "expected"),
+    [
+        (HOPPER, ("sm_90", 90)),
+        (GPUTarget("cuda", 120, 32), ("sm_120", 120)),
+        (GPUTarget("hip", "gfx942", 64), ("gfx942", 0)),
+    ],
 )
 def test_a_recording_chooses_as_for_its_target(target, expected):
-    before = launch.nvidia_capability(torch.device("cpu"))
-    with launch.recording(lambda *launched: None, target):
-        assert launch.nvidia_capability(torch.device("cpu")) == expected
-    assert launch.nvidia_capability(torch.device("cpu")) == before == 0
+    with launch.recording(lambda *launched: None, target, name="a name"):
+        assert launch.hardware(torch.device("cpu")) == ("a name", *expected)
+    assert launch.hardware(torch.device("cpu")) == ("cpu", "cpu", 0)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ def test_few_long_rows(backend, device):
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
 @pytest.mark.parametrize(
-    "config", [StdConfig(1, 1, 16), StdConfig(4, 8, 16, 1, 2), StdConfig(2, 4, 32, 3), StdConfig(8, 8, 128, 2, 2)]
+    "config",
+    [StdConfig(1, 1, 16), StdConfig(4, 8, 16, programs=6), StdConfig(2, 4, 32, programs=4), StdConfig(8, 8, 128, 1)],
 )
 def test_any_blocks_are_right(config, backend, device):
     x = randn(61, 100, device=device) + 3

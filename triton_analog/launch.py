@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -67,33 +67,57 @@ def _device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 
+class Hardware(NamedTuple):
+    """What configurations depend on."""
+
+    name: str
+    """The device's exact name, such as "NVIDIA H200"; empty where only the architecture is known."""
+    target: str
+    """The architecture, such as "sm_90" or "gfx942"; "cpu" in the interpreter."""
+    capability: int
+    """Compute capability of an NVIDIA GPU, such as 90; 0 for everything else."""
+
+
 _recorder: Callable[..., None] | None = None
-_target: GPUTarget | None = None
+_recorded_hardware: Hardware | None = None
 
 
 @contextmanager
-def recording(record: Callable[..., None], target: GPUTarget) -> Iterator[None]:
+def recording(record: Callable[..., None], target: GPUTarget, name: str = "") -> Iterator[None]:
     """Hand every launch to ``record(kernel, args, options)`` instead of starting it, configured as for ``target``.
 
-    For compilation without a device.
+    For compilation without a device. ``name``: of the device, for the configurations that were found for it.
     """
-    global _recorder, _target
-    previous = _recorder, _target
-    _recorder, _target = record, target
+    global _recorder, _recorded_hardware
+    previous = _recorder, _recorded_hardware
+    capability = int(target.arch) if target.backend == "cuda" else 0
+    target_name = f"sm_{capability}" if capability else str(target.arch)
+    _recorder, _recorded_hardware = record, Hardware(name, target_name, capability)
     try:
         yield
     finally:
-        _recorder, _target = previous
+        _recorder, _recorded_hardware = previous
 
 
-def nvidia_capability(device: torch.device) -> int:
-    """Compute capability of an NVIDIA GPU, such as 90; 0 for everything else."""
-    if _target is not None:
-        return int(_target.arch) if _target.backend == "cuda" else 0
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def is_recording() -> bool:
+    """Whether launches are recorded instead of started."""
+    return _recorder is not None
+
+
+@cache
+def _hardware(device: torch.device) -> Hardware:
+    if device.type != "cuda":
+        return Hardware(device.type, device.type, 0)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Hardware(properties.name, properties.gcnArchName.partition(":")[0], 0)
+    capability = 10 * properties.major + properties.minor
+    return Hardware(properties.name, f"sm_{capability}", capability)
+
+
+def hardware(device: torch.device) -> Hardware:
+    """What ``device`` is; under :func:`recording` what it stands for."""
+    return _recorded_hardware or _hardware(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:

@@ -16,6 +16,8 @@ from triton_analog import reference
 from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, load_tile, slice_span
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 MAX_PROGRAMS = 1024
 """Where their maxima are wanted too: enough to fill a GPU."""
@@ -28,14 +30,29 @@ class AbsmaxConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, width: int, features: int) -> AbsmaxConfig:
+def default_config(problem: Problem) -> AbsmaxConfig:
     """A tile of 8192 numbers: each of 128 threads then waits for eight 16-byte loads of bf16 at once.
 
     Rows that are no multiple of 16 numbers are loaded one number at a time, with an address for each: 2048 then.
     """
-    numbers = 8192 if features % 16 == 0 else 2048
+    (rows, width), (wide_loads,) = problem.sizes, problem.flags
     block_k = block(width, 1024)
-    return AbsmaxConfig(BLOCK_N=block(rows, numbers // block_k, smallest=1), BLOCK_K=block_k)
+    return AbsmaxConfig(BLOCK_N=block(rows, (8192 if wide_loads else 2048) // block_k, smallest=1), BLOCK_K=block_k)
+
+
+def _fits(problem: Problem, config: AbsmaxConfig) -> bool:
+    return tile_fits(problem, config.BLOCK_N, config.BLOCK_K, least=2048, most=16384)
+
+
+SPACE = Space(
+    "absmax", AbsmaxConfig, sizes=("rows", "width"), flags=("wide_loads",), formula=default_config, fits=_fits,
+    values={"BLOCK_N": POWERS[:10], "BLOCK_K": POWERS[4:11], "num_warps": (4, 8)},
+)  # fmt: skip
+
+
+def _choose(x: Tensor, slices: int) -> AbsmaxConfig:
+    rows, features = x.shape
+    return choose(SPACE, x.device, x.dtype, (rows, triton.cdiv(features, slices)), (features % 16 == 0,))
 
 
 @triton.jit
@@ -95,13 +112,13 @@ def _launch(x: Tensor, slices: int, programs: int, maxima: Tensor | None, config
 
 
 def launch_absmax(x: Tensor, slices: int, config: AbsmaxConfig | None = None) -> Tensor:
-    config = config or default_config(x.shape[0], triton.cdiv(x.shape[1], slices), x.shape[1])
+    config = config or _choose(x, slices)
     return _launch(x, slices, triton.cdiv(x.shape[0], config.BLOCK_N), None, config)
 
 
 def launch_absmax_and_maxima(x: Tensor, slices: int, config: AbsmaxConfig | None = None) -> tuple[Tensor, Tensor]:
     """:func:`absmax` and maxima ``[S, P]`` of its rows, few enough for every program of the next kernel to reduce."""
-    config = config or default_config(x.shape[0], triton.cdiv(x.shape[1], slices), x.shape[1])
+    config = config or _choose(x, slices)
     programs = min(triton.cdiv(x.shape[0], config.BLOCK_N), max(1, MAX_PROGRAMS // slices))
     maxima = torch.empty(slices, programs, dtype=torch.float32, device=x.device)
     return _launch(x, slices, programs, maxima, config), maxima

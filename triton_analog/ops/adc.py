@@ -20,6 +20,8 @@ from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import saturated, store_bits
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,19 @@ class AdcConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, columns: int) -> AdcConfig:
+def default_config(problem: Problem) -> AdcConfig:
+    rows, columns = problem.sizes
     return AdcConfig(BLOCK_M=block(rows, 32), BLOCK_N=block(columns, 64, smallest=32))
+
+
+def _fits(problem: Problem, config: AdcConfig) -> bool:
+    return tile_fits(problem, config.BLOCK_M, config.BLOCK_N, least=512, most=8192, smallest=16)
+
+
+_VALUES = {"BLOCK_M": POWERS[4:8], "BLOCK_N": POWERS[5:8], "num_warps": (4, 8)}
+SPACE = Space(
+    "adc", AdcConfig, sizes=("rows", "columns"), flags=("noise", "bound"), formula=default_config, fits=_fits, values=_VALUES
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "plane"])
@@ -71,7 +84,7 @@ def launch_adc(
     config: AdcConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     M, N = y.shape
-    config = config or default_config(M, N)
+    config = config or choose(SPACE, y.device, y.dtype, (M, N), (out_noise > 0, out_bound > 0))
     q_max = half_steps(out_res)
     out = torch.empty(M, N, dtype=y.dtype, device=y.device)
     mask = torch.empty(*mask_shape(1, M, N if out_bound > 0 else 0)[1:], dtype=torch.int32, device=y.device)
@@ -100,9 +113,19 @@ def adc_grad_kernel(
     tl.store(out_ptr + m * N + n, cast(grad, out_ptr.dtype.element_ty), mask=inside)
 
 
+def default_grad_config(problem: Problem) -> AdcConfig:
+    rows, columns = problem.sizes
+    return AdcConfig(BLOCK_M=block(rows, 32), BLOCK_N=block(columns, 128, smallest=32))
+
+
+GRAD_SPACE = Space(
+    "adc_grad", AdcConfig, sizes=("rows", "columns"), formula=default_grad_config, fits=_fits, values=_VALUES
+)
+
+
 def launch_adc_grad(grad: Tensor, mask: Tensor, config: AdcConfig | None = None) -> Tensor:
     M, N = grad.shape
-    config = config or AdcConfig(BLOCK_M=block(M, 32), BLOCK_N=block(N, 128))
+    config = config or choose(GRAD_SPACE, grad.device, grad.dtype, (M, N))
     out = torch.empty(M, N, dtype=grad.dtype, device=grad.device)
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
     launch(adc_grad_kernel, grid, grad.device, grad, mask, out, M, N, *grad.stride(), **asdict(config))

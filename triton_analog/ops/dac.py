@@ -28,6 +28,8 @@ from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.input_range import _input_range_grad
 from triton_analog.reference.grid import half_steps
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 # ---- For the matrix products: a tile of the input as their dot takes it -------------------------------------------------
 
@@ -58,9 +60,23 @@ class DacConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, width: int) -> DacConfig:
+def default_config(problem: Problem) -> DacConfig:
+    rows, width = problem.sizes
     block_k = block(width, 512)
     return DacConfig(BLOCK_M=block(rows, 4096 // block_k, smallest=1), BLOCK_K=block_k)
+
+
+def _fits(problem: Problem, config: DacConfig) -> bool:
+    return tile_fits(problem, config.BLOCK_M, config.BLOCK_K, least=1024, most=8192)
+
+
+_VALUES = {"BLOCK_M": POWERS[:9], "BLOCK_K": POWERS[4:11], "num_warps": (4, 8)}
+SPACE = Space(
+    "dac", DacConfig, sizes=("rows", "width"), flags=("dynamic",), formula=default_config, fits=_fits, values=_VALUES
+)
+STEPS_SPACE = Space(
+    "dac_steps", DacConfig, sizes=("rows", "features"), formula=default_config, fits=_fits, values=_VALUES
+)
 
 
 @triton.jit
@@ -113,7 +129,7 @@ def launch_dac(
     """``values``: converted inputs in their own unit, otherwise numbers of steps; ``x`` holds those if ``converted``."""
     M, K = x.shape
     width = triton.cdiv(K, slices)
-    config = config or default_config(M, width)
+    config = config or choose(SPACE, x.device, x.dtype, (M, width), (input_range.ndim == 2,))
     q_max = half_steps(inp_res)
     out = torch.empty(M, K, dtype=dtype or x.dtype, device=x.device)
     launch(
@@ -240,7 +256,7 @@ def launch_dac_steps(
     x: Tensor, input_range: Tensor, slices: int, inp_res: float, config: DacConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     M, K = x.shape
-    config = config or default_config(M, K)
+    config = config or choose(STEPS_SPACE, x.device, x.dtype, (M, K))
     static = input_range.ndim == 1
     steps = torch.empty(M, K, dtype=torch.int8, device=x.device)
     clipped = torch.empty(2, M if static else 0, -(-K // 8), dtype=torch.uint8, device=x.device)

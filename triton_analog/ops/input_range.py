@@ -21,6 +21,8 @@ from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, slice_span
 from triton_analog.ops.std import MAX_PROGRAMS, StdConfig, launch_parts, merged_moments, unbiased_std
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,19 @@ class InputRangeConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, width: int) -> InputRangeConfig:
+def default_config(problem: Problem) -> InputRangeConfig:
+    rows, width = problem.sizes
     return InputRangeConfig(BLOCK_M=block(rows, 32), BLOCK_K=block(width, 128))
+
+
+def _fits(problem: Problem, config: InputRangeConfig) -> bool:
+    return tile_fits(problem, config.BLOCK_M, config.BLOCK_K, least=1024, most=8192, smallest=16)
+
+
+SPACE = Space(
+    "input_range_grad", InputRangeConfig, sizes=("rows", "width"), formula=default_config, fits=_fits,
+    values={"BLOCK_M": POWERS[4:8], "BLOCK_K": POWERS[4:10], "num_warps": (4, 8)},
+)  # fmt: skip
 
 
 # ---- Gradient -------------------------------------------------------------------------------------------------------
@@ -139,7 +152,7 @@ def launch_input_range_grad(
 ) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     width = triton.cdiv(K, slices)
-    config = config or default_config(M, width)
+    config = config or choose(SPACE, x.device, x.dtype, (M, width))
     input_range = input_range.contiguous()
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
     dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
@@ -422,24 +435,34 @@ def input_range_learn(
 
 @dataclass(frozen=True)
 class ExtremaConfig:
-    """``programs`` share the tiles of a slice."""
+    """``programs`` share the tiles of all slices."""
 
     BLOCK_M: int
     BLOCK_K: int
-    programs: int
+    programs: int = 2 * MAX_PROGRAMS
     num_warps: int = 4
 
 
-def default_extrema_config(rows: int, width: int, features: int) -> ExtremaConfig:
+def default_extrema_config(problem: Problem) -> ExtremaConfig:
     """Tiles of 8192 numbers: each of 128 threads then waits for eight 16-byte loads of bf16 at once.
 
     Rows that are no multiple of 16 numbers are loaded one number at a time, with an address for each: 2048 then.
     """
-    numbers = 8192 if features % 16 == 0 else 2048
+    (rows, width), (wide_loads,) = problem.sizes, problem.flags
+    numbers = 8192 if wide_loads else 2048
     block_m = block(rows, numbers // block(width, 128), smallest=1)
-    block_k = block(width, numbers // block_m)
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(width, block_k)
-    return ExtremaConfig(block_m, block_k, programs=max(1, min(tiles, 2 * MAX_PROGRAMS * width // features)))
+    return ExtremaConfig(block_m, block(width, numbers // block_m))
+
+
+def _extrema_fits(problem: Problem, config: ExtremaConfig) -> bool:
+    return tile_fits(problem, config.BLOCK_M, config.BLOCK_K, least=2048, most=16384)
+
+
+EXTREMA_SPACE = Space(
+    "extrema", ExtremaConfig, sizes=("rows", "width"), flags=("wide_loads",), formula=default_extrema_config,
+    fits=_extrema_fits,
+    values={"BLOCK_M": POWERS[:10], "BLOCK_K": POWERS[4:14], "programs": (1024, 2048), "num_warps": (4, 8)},
+)  # fmt: skip
 
 
 @triton.jit
@@ -489,16 +512,17 @@ def merge_extrema_kernel(parts_ptr, out_ptr, P, BLOCK_P: tl.constexpr):
 
 def launch_extrema(x: Tensor, slices: int, config: ExtremaConfig | None = None) -> Tensor:
     M, K = x.shape
-    config = config or default_extrema_config(M, triton.cdiv(K, slices), K)
-    parts = torch.empty(2, slices, config.programs, dtype=torch.int32, device=x.device)
+    width = triton.cdiv(K, slices)
+    config = config or choose(EXTREMA_SPACE, x.device, x.dtype, (M, width), (K % 16 == 0,))
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(width, config.BLOCK_K)
+    programs = max(1, min(tiles, config.programs // slices))
+    parts = torch.empty(2, slices, programs, dtype=torch.int32, device=x.device)
     launch(
-        extrema_kernel, (slices, config.programs), x.device, x, parts, M, K, slices, *x.stride(),
+        extrema_kernel, (slices, programs), x.device, x, parts, M, K, slices, *x.stride(),
         ALIGNED=aligned(K, slices), BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
     )  # fmt: skip
     out = torch.empty(2, slices, dtype=torch.float32, device=x.device)
-    launch(
-        merge_extrema_kernel, (slices,), x.device, parts, out, config.programs, BLOCK_P=block(config.programs, 2**20)
-    )
+    launch(merge_extrema_kernel, (slices,), x.device, parts, out, programs, BLOCK_P=block(programs, 2**20))
     return out
 
 

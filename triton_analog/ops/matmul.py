@@ -39,18 +39,19 @@ from triton_analog.launch import (
     has_wide_tiles,
     input_precision,
     launch,
-    nvidia_capability,
     runs_kernel,
     slices_describable,
 )
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
 from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
-from triton_analog.ops.dac import default_config as dac_config
+from triton_analog.ops.dac import SPACE as DAC_SPACE
 from triton_analog.ops.matmul_dgrad import _matmul_dgrad
 from triton_analog.ops.matmul_wgrad import _matmul_wgrad
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import Problem, Space, covers, large_enough, operands_fit
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,10 @@ class MatmulConfig:
     num_stages: int = 3
 
 
-def default_config(
-    rows: int,
-    columns: int,
-    width: int,
-    dtype: torch.dtype,
-    capability: int,
-    *,
-    per_slice: bool = False,
-    noise: bool = False,
-    dynamic: bool = False,
-) -> MatmulConfig:
-    """``per_slice``: slices are finished separately, which takes a second accumulator. ``capability``: of the GPU."""
-    size = dtype.itemsize
+def default_config(problem: Problem) -> MatmulConfig:
+    rows, columns, width = problem.sizes
+    per_slice, noise, dynamic = problem.flags
+    capability, size = problem.hardware.capability, problem.dtype.itemsize
     block_k = block(width, 128 // size if has_wide_tiles(capability) else min(64, 128 // size), 32 if size == 1 else 16)
     block_m, block_n = block(rows, 64, 32), block(columns, 128, 64)
     parts = 2 if block_n == 128 and (per_slice or noise) else 1
@@ -95,6 +87,39 @@ def default_config(
         warps = 4 if capability < 100 else 8
         return MatmulConfig(block_m, block_n, block_k, PARTS=parts, num_warps=warps, num_stages=4)
     return MatmulConfig(256, block_n, block_k, PARTS=4 if noise else 1)
+
+
+def _fits(problem: Problem, config: MatmulConfig) -> bool:
+    rows, columns, width = problem.sizes
+    per_slice, noise, _ = problem.flags
+    capability, size = problem.hardware.capability, problem.dtype.itemsize
+    row_bytes = config.BLOCK_K * size
+    outputs = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps)
+    part = config.BLOCK_N // config.PARTS
+    return (
+        covers(config.BLOCK_M, rows, 32)
+        and covers(config.BLOCK_N, columns, 64)
+        and covers(config.BLOCK_K, width, 32 if size == 1 else 16)
+        and (row_bytes in (64, 128) or config.BLOCK_K >= width)
+        and operands_fit(problem.hardware, config.BLOCK_M + config.BLOCK_N, row_bytes, config.num_stages)
+        and outputs <= (64 if per_slice else 128)  # a second accumulator holds the sum over slices
+        and (config.PARTS == 1 or ((per_slice or noise) and part >= 32 and not (per_slice and config.PARTS > 2)))
+        and (config.PREPARED or columns <= 1024)  # else the input is converted too often
+        and config.DESCRIPTORS is (has_wide_tiles(capability) and size < 4)
+        and large_enough(config.BLOCK_M, config.BLOCK_N, rows, columns)
+    )
+
+
+SPACE = Space(
+    "matmul", MatmulConfig, sizes=("rows", "columns", "width"), flags=("per_slice", "noise", "dynamic"),
+    formula=default_config, fits=_fits,
+    values={
+        "BLOCK_M": (32, 64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (16, 32, 64, 128), "GROUP_M": (8, 16),
+        "PARTS": (1, 2, 4), "PREPARED": (True, False), "DESCRIPTORS": (True, False), "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+)  # fmt: skip
+"""``per_slice``: slices are finished separately (bound or int8)."""
 
 
 # ---- What comes before the product --------------------------------------------------------------------------------------
@@ -344,10 +369,9 @@ def launch_matmul(
     sigma, in_q_max, out_q_max = out_noise / slices**0.5, half_steps(inp_res), half_steps(out_res)
     int8, ranged = weight.dtype == torch.int8, input_range is not None
     dynamic = input_range is not None and input_range.ndim == 2
-    config = config or default_config(
-        M, N, triton.cdiv(K, slices), weight.dtype, nvidia_capability(x.device), per_slice=int8 or out_bound > 0,
-        noise=out_noise > 0, dynamic=dynamic,
-    )  # fmt: skip
+    config = config or choose(
+        SPACE, x.device, weight.dtype, (M, N, triton.cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
+    )
     check.require(  # with less, Triton 3.6 packed a wrong mask on Hopper
         out_bound <= 0 or (config.BLOCK_M >= 32 and config.BLOCK_N >= 64),
         lambda: f"config: got tiles of {config.BLOCK_M} x {config.BLOCK_N}; with a bound at least 32 x 64 are needed",
@@ -374,7 +398,7 @@ def launch_matmul(
     coefficients = new(3, slices, columns) if int8 or out_bound > 0 else None
     poison = torch.zeros(M, dtype=torch.float32, device=x.device) if int8 else None
     if operand is not x or coefficients is not None:
-        tiles = dac_config(M, width)
+        tiles = choose(DAC_SPACE, x.device, x.dtype, (M, width), (dynamic,))
         blocks = triton.cdiv(M, tiles.BLOCK_M) if operand is not x else 0, triton.cdiv(width, tiles.BLOCK_K)
         block_n = block(columns, 1024)
         programs = slices * (blocks[0] * blocks[1] + (triton.cdiv(columns, block_n) if coefficients is not None else 0))

@@ -21,7 +21,6 @@ from triton_analog.launch import (
     has_wide_tiles,
     input_precision,
     launch,
-    nvidia_capability,
     runs_kernel,
     slices_describable,
 )
@@ -29,6 +28,8 @@ from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import blocked_part, column_parts, descriptor, flagged_columns, grouped, load_tile
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
 from triton_analog.reference.grid import half_steps
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import Problem, Space, covers, large_enough, operands_fit
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,40 @@ class MatmulDgradConfig:
     num_stages: int = 3
 
 
-def default_config(rows: int, columns: int, width: int, dtype: torch.dtype, capability: int) -> MatmulDgradConfig:
-    if not has_wide_tiles(capability) or dtype == torch.float32:
+def default_config(problem: Problem) -> MatmulDgradConfig:
+    rows, columns, width = problem.sizes
+    if not has_wide_tiles(problem.hardware.capability) or problem.dtype == torch.float32:
         return MatmulDgradConfig(
-            block(rows, 64), block(columns, 32 if dtype == torch.float32 else 64), block(width, 128),
+            block(rows, 64), block(columns, 32 if problem.dtype == torch.float32 else 64), block(width, 128),
             PARTS=4, DESCRIPTORS=False,
         )  # fmt: skip
     return MatmulDgradConfig(block(rows, 128), block(columns, 64), block(width, 128), PARTS=2, num_stages=4)
+
+
+def _fits(problem: Problem, config: MatmulDgradConfig) -> bool:
+    rows, columns, width = problem.sizes
+    hardware, row_bytes = problem.hardware, config.BLOCK_N * problem.dtype.itemsize
+    outputs = config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps)
+    return (
+        covers(config.BLOCK_M, rows)
+        and covers(config.BLOCK_N, columns)
+        and covers(config.BLOCK_K, width)
+        and (row_bytes in (64, 128) or config.BLOCK_N >= columns)
+        and operands_fit(hardware, config.BLOCK_M + config.BLOCK_K, row_bytes, config.num_stages)
+        and outputs <= 128
+        and config.DESCRIPTORS is (has_wide_tiles(hardware.capability) and problem.dtype != torch.float32)
+        and large_enough(config.BLOCK_M, config.BLOCK_K, rows, width)
+    )
+
+
+SPACE = Space(
+    "matmul_dgrad", MatmulDgradConfig, sizes=("rows", "columns", "width"), flags=("range", "mask"),
+    formula=default_config, fits=_fits,
+    values={
+        "BLOCK_M": (16, 32, 64, 128, 256), "BLOCK_N": (16, 32, 64), "BLOCK_K": (16, 32, 64, 128, 256), "GROUP_M": (8, 16),
+        "PARTS": (2, 4), "DESCRIPTORS": (True, False), "num_warps": (4, 8), "num_stages": (3, 4),
+    },
+)  # fmt: skip
 
 
 @triton.jit
@@ -193,7 +221,9 @@ def launch_matmul_dgrad(
     (M, K), N = x.shape, weight.shape[0]
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
-    config = config or default_config(M, N, triton.cdiv(K, slices), grad.dtype, nvidia_capability(x.device))
+    config = config or choose(
+        SPACE, x.device, grad.dtype, (M, N, triton.cdiv(K, slices)), (input_range is not None, mask is not None)
+    )
     blocks_m, blocks_k = triton.cdiv(M, config.BLOCK_M), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
     width, clip = blocks_k * config.BLOCK_K, input_range is not None
     input_range = None if input_range is None else input_range.contiguous()

@@ -22,7 +22,6 @@ from triton_analog.launch import (
     has_wide_tiles,
     input_precision,
     launch,
-    nvidia_capability,
     runs_kernel,
     slices_describable,
 )
@@ -30,6 +29,8 @@ from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import blocked_part, descriptor, flagged_rows, grouped, load_tile
 from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import Problem, Space, covers, large_enough, operands_fit
 
 BIAS_COLUMNS = tl.constexpr(32)
 """Columns of the gradient that one program sums."""
@@ -48,13 +49,40 @@ class MatmulWgradConfig:
     num_stages: int = 3
 
 
-def default_config(columns: int, width: int, rows: int, dtype: torch.dtype, capability: int) -> MatmulWgradConfig:
-    if not has_wide_tiles(capability) or dtype == torch.float32:
+def default_config(problem: Problem) -> MatmulWgradConfig:
+    rows, columns, width = problem.sizes
+    if not has_wide_tiles(problem.hardware.capability) or problem.dtype == torch.float32:
         return MatmulWgradConfig(
-            block(rows, 32 if dtype == torch.float32 else 64), block(columns, 64), block(width, 128),
+            block(rows, 32 if problem.dtype == torch.float32 else 64), block(columns, 64), block(width, 128),
             DESCRIPTORS=False,
         )  # fmt: skip
     return MatmulWgradConfig(block(rows, 64), block(columns, 128), block(width, 256 if columns > 64 else 128))
+
+
+def _fits(problem: Problem, config: MatmulWgradConfig) -> bool:
+    rows, columns, width = problem.sizes
+    hardware, row_bytes = problem.hardware, config.BLOCK_M * problem.dtype.itemsize
+    outputs = config.BLOCK_N * config.BLOCK_K // (32 * config.num_warps)
+    return (
+        covers(config.BLOCK_M, rows)
+        and covers(config.BLOCK_N, columns)
+        and covers(config.BLOCK_K, width)
+        and (row_bytes in (64, 128) or config.BLOCK_M >= rows)
+        and operands_fit(hardware, config.BLOCK_N + config.BLOCK_K, row_bytes, config.num_stages)
+        and outputs <= 128
+        and config.DESCRIPTORS is (has_wide_tiles(hardware.capability) and problem.dtype != torch.float32)
+        and large_enough(config.BLOCK_N, config.BLOCK_K, columns, width)
+    )
+
+
+SPACE = Space(
+    "matmul_wgrad", MatmulWgradConfig, sizes=("rows", "columns", "width"), flags=("mask",), formula=default_config,
+    fits=_fits,
+    values={
+        "BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128, 256), "BLOCK_K": (16, 32, 64, 128, 256), "GROUP_N": (8, 16),
+        "DESCRIPTORS": (True, False), "num_warps": (4, 8), "num_stages": (3, 4),
+    },
+)  # fmt: skip
 
 
 @triton.jit
@@ -160,7 +188,7 @@ def launch_matmul_wgrad(
             x = x.to(grad.dtype)
         else:  # the step of a dynamic range differs from row to row, so it cannot wait for the end
             x = launch_dac(x, input_range, slices, inp_res, dtype=grad.dtype, values=not static, converted=converted)
-    config = config or default_config(N, triton.cdiv(K, slices), M, grad.dtype, nvidia_capability(x.device))
+    config = config or choose(SPACE, x.device, grad.dtype, (M, N, triton.cdiv(K, slices)), (mask is not None,))
     blocks_n, blocks_k = triton.cdiv(N, config.BLOCK_N), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
     dw = torch.empty(N, K, dtype=dtype, device=x.device)
     dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)

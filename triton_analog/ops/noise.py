@@ -14,6 +14,8 @@ from triton_analog.lang import normal_tile
 from triton_analog.launch import block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.reference.noise import USER_STREAM
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,19 @@ class NoiseConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, cols: int) -> NoiseConfig:
-    return NoiseConfig(BLOCK_M=block(rows, 32), BLOCK_N=block(cols, 64))
+def default_config(problem: Problem) -> NoiseConfig:
+    rows, columns = problem.sizes
+    return NoiseConfig(BLOCK_M=block(rows, 32), BLOCK_N=block(columns, 64))
+
+
+def _fits(problem: Problem, config: NoiseConfig) -> bool:
+    return tile_fits(problem, config.BLOCK_M, config.BLOCK_N, least=512, most=2048 * config.num_warps, smallest=16)
+
+
+SPACE = Space(
+    "noise", NoiseConfig, sizes=("rows", "columns"), formula=default_config, fits=_fits,
+    values={"BLOCK_M": POWERS[4:8], "BLOCK_N": POWERS[4:9], "num_warps": (4, 8)},
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "plane"])
@@ -42,7 +55,7 @@ def noise_kernel(
 def launch_noise(
     seed: Tensor, rows: int, cols: int, *, stream: int, plane: int, config: NoiseConfig | None = None
 ) -> Tensor:
-    config = config or default_config(rows, cols)
+    config = config or choose(SPACE, seed.device, torch.float32, (rows, cols))
     out = torch.empty(rows, cols, dtype=torch.float32, device=seed.device)
     grid = (triton.cdiv(rows, config.BLOCK_M), triton.cdiv(cols, config.BLOCK_N))
     launch(noise_kernel, grid, seed.device, seed, out, rows, cols, plane, STREAM=stream, **asdict(config))

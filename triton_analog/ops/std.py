@@ -19,6 +19,8 @@ from triton_analog import reference
 from triton_analog.launch import aligned, block, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, slice_span
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 MAX_PROGRAMS = 1024
 """Enough to fill a GPU twice over. More would cost time where all they find is that their slice need not be read."""
@@ -36,22 +38,32 @@ class StdConfig:
     LOADS: int
     BLOCK_M: int
     BLOCK_K: int
-    steps_m: int = 1
-    steps_k: int = 1
+    programs: int = MAX_PROGRAMS
     num_warps: int = 4
 
 
-def default_config(rows: int, width: int, slices: int, itemsize: int) -> StdConfig:
+def default_config(problem: Problem) -> StdConfig:
     """Each of 128 threads loads 16 bytes of eight rows at once."""
-    lanes = 128 * 16 // itemsize
+    rows, width = problem.sizes
+    lanes = 128 * 16 // problem.dtype.itemsize
     loads = block(rows, 8, smallest=1)
     block_m = block(triton.cdiv(rows, loads), lanes // block(width, 128), smallest=1)
-    block_k = block(width, lanes // block_m)
-    tiles_m, tiles_k = triton.cdiv(rows, loads * block_m), triton.cdiv(width, block_k)
-    programs = max(1, MAX_PROGRAMS // slices)
-    steps_k = triton.cdiv(tiles_k, programs)
-    steps_m = triton.cdiv(tiles_m * triton.cdiv(tiles_k, steps_k), programs)
-    return StdConfig(LOADS=loads, BLOCK_M=block_m, BLOCK_K=block_k, steps_m=steps_m, steps_k=steps_k)
+    return StdConfig(LOADS=loads, BLOCK_M=block_m, BLOCK_K=block(width, lanes // block_m))
+
+
+def _fits(problem: Problem, config: StdConfig) -> bool:
+    lane_bytes = config.BLOCK_M * config.BLOCK_K * problem.dtype.itemsize / (32 * config.num_warps)
+    return lane_bytes <= 16 and tile_fits(
+        problem, config.LOADS * config.BLOCK_M, config.BLOCK_K, least=2048, most=2**16
+    )
+
+
+SPACE = Space(
+    "std", StdConfig, sizes=("rows", "width"), formula=default_config, fits=_fits,
+    values={
+        "LOADS": POWERS[:5], "BLOCK_M": POWERS[:7], "BLOCK_K": POWERS[4:12], "programs": (512, 1024), "num_warps": (4, 8),
+    },
+)  # fmt: skip
 
 
 @triton.jit
@@ -196,17 +208,17 @@ def launch_parts(
     """Moments ``[S, 4, P]`` of ``P`` parts of every slice; ``which [S]`` holds flags, or counters if there is a ``limit``."""
     M, K = x.shape
     width = triton.cdiv(K, slices)
-    config = config or default_config(M, width, slices, x.element_size())
+    config = config or choose(SPACE, x.device, x.dtype, (M, width))
     width += 0 if aligned(K, slices) else 15  # a slice's first tile may begin before it
-    grid = (
-        slices,
-        triton.cdiv(width, config.BLOCK_K * config.steps_k),
-        triton.cdiv(M, config.LOADS * config.BLOCK_M * config.steps_m),
-    )
+    tiles_m, tiles_k = triton.cdiv(M, config.LOADS * config.BLOCK_M), triton.cdiv(width, config.BLOCK_K)
+    programs = max(1, config.programs // slices)
+    steps_k = triton.cdiv(tiles_k, programs)
+    steps_m = triton.cdiv(tiles_m * triton.cdiv(tiles_k, steps_k), programs)
+    grid = slices, triton.cdiv(tiles_k, steps_k), triton.cdiv(tiles_m, steps_m)
     parts = torch.empty(slices, 4, grid[1] * grid[2], dtype=torch.float32, device=x.device)
     kind = COUNTED if limit is not None else ALL if which is None else FLAGGED
     launch(
-        moments_kernel, grid, x.device, x, which, parts, M, K, slices, *x.stride(), config.steps_m, config.steps_k,
+        moments_kernel, grid, x.device, x, which, parts, M, K, slices, *x.stride(), steps_m, steps_k,
         limit or 0, WHICH=kind.value, ALIGNED=aligned(K, slices), BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K,
         LOADS=config.LOADS, num_warps=config.num_warps,
     )  # fmt: skip

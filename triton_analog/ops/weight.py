@@ -33,6 +33,8 @@ from triton_analog.ops.absmax import (
     magnitude_bits,
 )
 from triton_analog.reference.grid import half_steps
+from triton_analog.tuning.lookup import choose
+from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,37 @@ class WeightConfig:
     num_warps: int = 4
 
 
-def default_config(rows: int, width: int, per_thread: int) -> WeightConfig:
-    """Tiles as wide as a slice, if that is possible, so that it stays in registers: ``per_thread`` numbers to a thread."""
+def default_config(problem: Problem) -> WeightConfig:
+    """Tiles as wide as a slice, if that is possible, so that it stays in registers.
+
+    32 numbers to a thread keep more loads in flight; 16 fit with noise or with slices that start anywhere.
+    """
+    (rows, width), (noise, aligned_slices) = problem.sizes, problem.flags
+    per_thread = 32 if aligned_slices and not noise else 16
     block_k = block(width, 4096)
     num_warps = 8 if block_k > 128 * per_thread else 4
     block_n = block(rows, 32 * num_warps * per_thread // block_k, smallest=1)
     return WeightConfig(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
+
+
+def default_grad_config(problem: Problem) -> WeightConfig:
+    return default_config(problem._replace(flags=(True, True)))
+
+
+def _fits(problem: Problem, config: WeightConfig) -> bool:
+    """What does not stay in registers is read twice: narrow tiles are slow."""
+    wide = config.BLOCK_K >= min(512, problem.sizes[1])
+    return wide and tile_fits(problem, config.BLOCK_N, config.BLOCK_K, least=512, most=1024 * config.num_warps)
+
+
+_VALUES = {"BLOCK_N": POWERS[:10], "BLOCK_K": POWERS[4:13], "num_warps": (4, 8)}
+SPACE = Space(
+    "weight", WeightConfig, sizes=("rows", "width"), flags=("noise", "aligned"), formula=default_config, fits=_fits,
+    values=_VALUES,
+)  # fmt: skip
+GRAD_SPACE = Space(
+    "weight_grad", WeightConfig, sizes=("rows", "width"), formula=default_grad_config, fits=_fits, values=_VALUES
+)
 
 
 @triton.jit
@@ -142,8 +169,9 @@ def launch_weight(
     N, K = weight.shape
     noise_type = noise_type if std_dev > 0 else "none"
     width = triton.cdiv(K, slices) + (0 if aligned(K, slices) else 15)  # a slice's first tile may begin before it
-    # 32 numbers to a thread keep more loads in flight; 16 fit with noise or with slices that start anywhere.
-    config = config or default_config(N, width, 32 if noise_type == "none" and aligned(K, slices) else 16)
+    config = config or choose(
+        SPACE, weight.device, weight.dtype, (N, width), (noise_type != "none", aligned(K, slices))
+    )
     per_tensor = "per_tensor" in (quantization, noise_type)
     maxima: Tensor | None = None
     if per_tensor and clip is None:
@@ -311,7 +339,7 @@ def launch_weight_grad(
     config: WeightConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
-    config = config or default_config(N, triton.cdiv(K, slices), 16)
+    config = config or choose(GRAD_SPACE, weight.device, weight.dtype, (N, triton.cdiv(K, slices)))
     quantized = quantization != "none"
     dw = torch.empty(N, K, dtype=grad.dtype, device=grad.device)
     dclip = torch.empty(slices, N, dtype=torch.float32, device=grad.device)

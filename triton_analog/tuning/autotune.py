@@ -1,0 +1,80 @@
+"""Tuning on first use: ``TRITON_ANALOG_AUTOTUNE=1``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from triton_analog import environment, launch
+from triton_analog.tuning import store
+from triton_analog.tuning.measure import NothingRuns, tune
+from triton_analog.tuning.space import Config, Problem, Space, as_values
+from triton_analog.tuning.store import Entry, Table, TuningWarning
+
+
+def results_directory() -> Path:
+    """Where results are kept: ``$TRITON_ANALOG_TUNING_DIR``, else the user's cache."""
+    return store.search_path(environment.tuning_directory())[0]
+
+
+def keep(space: Space[Any], problem: Problem, entry: Entry) -> None:
+    """Add an entry to the user's files; a disk that is full or read-only costs the entry and nothing else."""
+    hardware = problem.hardware
+    try:
+        store.add(results_directory(), Table(space.op, hardware.name, hardware.target, (entry,)))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the tuned configuration of {space.op} was not kept: {error}", TuningWarning, stacklevel=2)
+
+
+def _tuned(space: Space[Config], problem: Problem, device: torch.device) -> Config | None:
+    print(f"triton_analog: tuning {space.op} for {space.key(problem)}", file=sys.stderr)
+    try:
+        entry = tune(space, problem, device)
+    except (NothingRuns, torch.OutOfMemoryError) as error:
+        warnings.warn(f"{space.op} was not tuned: {error}", TuningWarning, stacklevel=2)
+        return None
+    keep(space, problem, entry)
+    return space.accepts(problem, entry.config)
+
+
+def _agreed(space: Space[Config], problem: Problem, find: Callable[[], Config | None]) -> Config | None:
+    """What the first rank to get here finds: the others take it.
+
+    They wait for nothing but that rank's tuning, so ranks that do different work (pipelines) do not block each other.
+    """
+    board = distributed.distributed_c10d._get_default_store()
+    name = f"triton_analog/{space.op}/{problem.hardware.name}/{space.key(problem)}"
+    if board.add(f"{name}/claims", 1) == 1:
+        config = None
+        try:
+            config = find()
+        finally:
+            board.set(name, json.dumps(None if config is None else as_values(config)))
+        return config
+    values = json.loads(board.get(name))
+    return None if values is None else space.accepts(problem, values)
+
+
+def can_tune() -> bool:
+    """Not while launches are recorded, nor while a CUDA graph is captured, which nothing may be timed in."""
+    if launch.is_recording():
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def settle(space: Space[Config], problem: Problem, device: torch.device, known: Config | None) -> Config | None:
+    """The best configuration of a problem: ``known``, or measured here and now and kept in the user's files. None if that
+    failed. The ranks of a distributed job settle on the same one."""
+
+    def find() -> Config | None:
+        return known or _tuned(space, problem, device)
+
+    together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return _agreed(space, problem, find) if together else find()

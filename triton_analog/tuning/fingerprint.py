@@ -1,0 +1,65 @@
+"""Whether a tuned configuration was found for the code that is here now."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import sys
+import tokenize
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from triton_analog.tuning.space import Space
+from triton_analog.tuning.store import Entry
+
+KERNEL_FUNCTIONS = (JITFunction, InterpretedFunction)
+_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _words(source: str) -> list[str]:
+    """The tokens of a function, without comments, docstring and layout."""
+    found = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in _LAYOUT]
+    return [token.string for token in found if not token.string.startswith('"""')]
+
+
+def _add(function: Callable[..., Any], found: dict[str, Callable[..., Any]]) -> None:
+    """``function`` and every kernel function that it uses, itself or through others."""
+    name = f"{function.__module__}.{function.__name__}"
+    if name not in found:
+        found[name] = function
+        for used in function.__code__.co_names:
+            value = function.__globals__.get(used)
+            if isinstance(value, KERNEL_FUNCTIONS):
+                _add(value.fn, found)
+
+
+@cache
+def code_hash(space: Space[Any]) -> str:
+    """Of the kernels in the operation's file and all that they call; where they stand and comments do not matter."""
+    module = sys.modules[space.config.__module__]
+    functions: dict[str, Callable[..., Any]] = {}
+    for value in vars(module).values():
+        if isinstance(value, KERNEL_FUNCTIONS) and value.fn.__module__ == module.__name__:
+            _add(value.fn, functions)
+    return _digest(" ".join(_words(inspect.getsource(functions[name]))) for name in sorted(functions))
+
+
+@cache
+def space_hash(space: Space[Any]) -> str:
+    """Of the fields and the values they may have, and of the names of sizes and flags."""
+    values = [f"{name}={tuple(allowed)}" for name, allowed in space.values.items()]
+    return _digest([*values, *space.sizes, "", *space.flags])
+
+
+def is_stale(space: Space[Any], entry: Entry) -> bool:
+    """Whether kernels or space changed since the entry was found."""
+    return (entry.source.get("code"), entry.source.get("space")) != (code_hash(space), space_hash(space))

@@ -1,0 +1,169 @@
+"""The fastest configuration for a problem, found by running them all."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.nvidia.compiler import get_ptxas_version
+from triton.testing import do_bench_cudagraph
+
+from triton_analog.launch import backend
+from triton_analog.tuning.cases import Call, call_of
+from triton_analog.tuning.fingerprint import code_hash, space_hash
+from triton_analog.tuning.space import Config, Problem, Space, as_values, forced
+from triton_analog.tuning.store import Entry
+
+FINALISTS = 3
+ROUNDS = 5
+"""In which the finalists and the formula's configuration take turns."""
+WORTH_IT = 1.02
+"""Times the formula's configuration has to be slower to be replaced: less is within the noise of a timing."""
+TOLERANCE = 1e-2
+"""Share of the norm of a result, or of its integers: a value at the edge between two steps may go either way."""
+
+
+class NothingRuns(RuntimeError):
+    """No configuration of a problem ran and agreed with the reference."""
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """What an operation returned, flat."""
+    return [result] if isinstance(result, Tensor) else [t for t in result if t.numel() > 0]
+
+
+def agrees(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether a configuration computes what the reference does, up to roundings that are decided the other way."""
+    if [(t.shape, t.dtype) for t in actual] != [(t.shape, t.dtype) for t in expected]:
+        return False
+    for a, b in zip(actual, expected, strict=True):
+        if not b.is_floating_point():
+            if (a != b).double().mean() > TOLERANCE:
+                return False
+        elif not (a.double() - b.double()).norm() <= TOLERANCE * b.double().norm():  # NaN does not
+            return False
+    return True
+
+
+def microseconds(call: Call, device: torch.device) -> list[float]:
+    """Times of a call. On a GPU out of a CUDA graph, so that the host does not count."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return [1e3 * ms for ms in do_bench_cudagraph(call, rep=10, return_mode="all")]
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return times
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Operands that are the same each time, and the user's generators left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def _machine(problem: Problem, device: torch.device) -> dict[str, str | int]:
+    if device.type != "cuda":
+        return {"processor": platform.processor() or platform.machine()}
+    facts: dict[str, str | int] = {
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
+        "runtime": str(torch.version.cuda or torch.version.hip),
+    }
+    if problem.hardware.capability:
+        facts["driver"] = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        facts["ptxas"] = get_ptxas_version(problem.hardware.capability).split()[-1]
+    return facts
+
+
+def source(space: Space[Any], problem: Problem, device: torch.device) -> dict[str, str | int]:
+    """What an entry was measured with."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        **_machine(problem, device),
+        "code": code_hash(space),
+        "space": space_hash(space),
+    }
+
+
+def _runnable(
+    space: Space[Config], candidates: Iterable[Config], call: Call, expected: Sequence[Tensor]
+) -> Iterator[Config]:
+    """Candidates that start and agree with the reference."""
+    for config in candidates:
+        try:
+            with forced(space, config), backend("kernel"):
+                fine = agrees(tensors(call()), expected)
+        except Exception:  # whatever the compiler or the driver raises, this one cannot run here
+            continue
+        if fine:
+            yield config
+
+
+def tune(
+    space: Space[Config],
+    problem: Problem,
+    device: torch.device,
+    candidates: Sequence[Config] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Entry:
+    """Run every candidate: check it by the reference, time it, and let the best take turns with the formula's.
+
+    Args:
+        candidates: Instead of all of the space.
+        progress: Called after each candidate.
+
+    Raises:
+        NothingRuns: No candidate ran and agreed with the reference.
+        torch.OutOfMemoryError: The operands do not fit.
+    """
+    candidates = space.candidates(problem) if candidates is None else candidates
+    formula = space.formula(problem)
+    with _own_random_numbers(device):
+        call = call_of(space, problem, device)
+    with backend("reference"):
+        expected = tensors(call())
+
+    def times(config: Config) -> list[float]:
+        with forced(space, config), backend("kernel"):
+            return microseconds(call, device)
+
+    ranked: list[tuple[float, int, Config]] = []
+    for i, config in enumerate(candidates):
+        for runnable in _runnable(space, [config], call, expected):
+            ranked.append((median(times(runnable)), i, runnable))
+        progress()
+    if not ranked:
+        raise NothingRuns(
+            f"{space.op}, {space.key(problem)}: none of {len(candidates)} configurations ran and agreed with the reference"
+        )
+    finalists = [config for _, _, config in sorted(ranked)[:FINALISTS]]
+    if formula not in finalists and any(config == formula for _, _, config in ranked):
+        finalists.append(formula)
+    taken: list[list[float]] = [[] for _ in finalists]
+    for _ in range(ROUNDS):
+        for config, own in zip(finalists, taken, strict=True):
+            own += times(config)
+    medians = [median(own) for own in taken]
+    best = min(range(len(finalists)), key=medians.__getitem__)
+    base = finalists.index(formula) if formula in finalists else best
+    if medians[base] < WORTH_IT * medians[best]:
+        best = base
+    first, _, third = quantiles(taken[best], n=4)
+    return Entry(
+        space.key(problem), as_values(finalists[best]), "measured", medians[best], medians[base],
+        (third - first) / medians[best], source(space, problem, device),
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+"""Sweeps: every problem of some layers tuned on every GPU there is, results kept as they come.
+
+A sweep that was stopped, however, goes on where it was when the same command is given again: problems that have a measured
+entry for this device and these kernels are left out.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from triton_analog.launch import Hardware, hardware
+from triton_analog.tuning import store
+from triton_analog.tuning.fingerprint import is_stale
+from triton_analog.tuning.measure import NothingRuns, tune
+from triton_analog.tuning.space import Problem, spaces
+from triton_analog.tuning.store import Entry, Key, Table
+
+
+@dataclass(frozen=True)
+class Job:
+    """A problem to tune, as it can be sent to another process."""
+
+    op: str
+    key: Key
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job's result, or why there is none."""
+
+    job: Job
+    hardware: Hardware
+    entry: Entry | None
+    error: str = ""
+
+    @property
+    def table(self) -> Table:
+        """For :func:`store.add`."""
+        entries = () if self.entry is None else (self.entry,)
+        return Table(self.job.op, self.hardware.name, self.hardware.target, entries)
+
+
+def job_of(op: str, problem: Problem) -> Job:
+    return Job(op, spaces()[op].key(problem))
+
+
+def is_done(job: Job, device: Hardware, directory: Path) -> bool:
+    """Whether ``directory`` holds a measured entry of this device for these kernels."""
+    table = store.read(store.table_path(directory, device.name, job.op))
+    found = [entry for entry in table.entries if entry.key == job.key] if table and table.device == device.name else []
+    return any(entry.origin == "measured" and not is_stale(spaces()[job.op], entry) for entry in found)
+
+
+def devices() -> list[torch.device]:
+    """Where a sweep runs: every visible GPU, of a process started by torchrun its own; else the CPU."""
+    if not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    if "LOCAL_RANK" in os.environ:
+        return [torch.device("cuda", int(os.environ["LOCAL_RANK"]))]
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+def share(jobs: Sequence[Job]) -> list[Job]:
+    """A rank's part of the jobs when torchrun started several."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return list(jobs[rank::world])
+
+
+def _run(job: Job, device: torch.device) -> Done:
+    space, here = spaces()[job.op], hardware(device)
+    try:
+        return Done(job, here, tune(space, space.problem(here, job.key), device))
+    except (NothingRuns, torch.OutOfMemoryError) as error:
+        return Done(job, here, None, str(error))
+
+
+_own_device: torch.device | None = None
+
+
+def _take_device(free: Any) -> None:
+    global _own_device
+    _own_device = free.get()
+
+
+def _run_on_own_device(job: Job) -> Done:
+    assert _own_device is not None
+    return _run(job, _own_device)
+
+
+def _results(jobs: Sequence[Job], on: Sequence[torch.device]) -> Iterator[Done]:
+    if len(on) == 1:
+        for job in jobs:
+            yield _run(job, on[0])
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    free = context.Queue()
+    for device in on:
+        free.put(device)
+    with ProcessPoolExecutor(len(on), mp_context=context, initializer=_take_device, initargs=(free,)) as pool:
+        futures = [pool.submit(_run_on_own_device, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def sweep(
+    jobs: Sequence[Job],
+    directory: Path,
+    on: Sequence[torch.device],
+    progress: Callable[[Done], None] = lambda done: None,
+) -> list[Done]:
+    """Tune ``jobs`` on the devices ``on`` (of one kind), one process each, and add every result to ``directory`` at once.
+
+    Raises:
+        OSError: A result could not be written; those before it were.
+    """
+    results = []
+    for done in _results(jobs, on):
+        if done.entry is not None:
+            store.add(directory, done.table)
+        results.append(done)
+        progress(done)
+    return results
+
+
+def share_results(results: list[Done], directory: Path) -> list[Done]:
+    """All ranks' results, on every machine of a sweep that torchrun started on several, which may not share a disk."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return results
+    distributed.init_process_group("gloo")
+    try:
+        gathered: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, results)
+    finally:
+        distributed.destroy_process_group()
+    everything = [done for part in gathered for done in part]
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        for done in everything:
+            if done.entry is not None:
+                store.add(directory, done.table)
+    return everything

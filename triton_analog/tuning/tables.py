@@ -1,0 +1,89 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from triton_analog.tuning.inspect import Report
+from triton_analog.tuning.lookup import Choice
+from triton_analog.tuning.space import Problem, Space, as_values
+from triton_analog.tuning.store import Entry, Key
+
+REPORT_COLUMNS = {
+    "op": "op",
+    "variant": "variant",
+    "kernel": "kernel",
+    "target": "target",
+    "dtype": "dtype",
+    "registers": "registers",
+    "spilled": "spilled_bytes",
+    "shared": "shared_bytes",
+    "tensor core": "tensor_core_instructions",
+    "instructions": "instructions",
+    "hottest loop": "hottest_loop",
+    "occupancy": "occupancy",
+}
+"""Heading and the report's field."""
+
+
+def console(stderr: bool = False) -> Console:
+    """As wide as it has to be where the output is not a terminal: a file or a pipe cuts nothing off."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 400, highlight=False)
+
+
+def _print(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Text to the left, numbers to the right."""
+    grid = Grid(box=None, pad_edge=False)
+    for i, heading in enumerate(headings):
+        numeric = bool(rows) and isinstance(rows[0][i], (int, float))
+        grid.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        grid.add_row(*(f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row))
+    console().print(grid)
+
+
+def _sizes(key: Key) -> str:
+    return ", ".join(f"{name} {size}" for name, size in key.sizes)
+
+
+def _config(values: dict[str, int | bool]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def print_reports(reports: Sequence[Report]) -> None:
+    """What the compiler made of the kernels."""
+    _print(list(REPORT_COLUMNS), [[getattr(report, field) for field in REPORT_COLUMNS.values()] for report in reports])
+
+
+def print_gains(found: Sequence[tuple[str, Entry]]) -> None:
+    """Entries beside what the formula's configuration takes."""
+    rows = [
+        [
+            op, entry.key.dtype, _sizes(entry.key), ", ".join(entry.key.flags), entry.formula_microseconds,
+            entry.microseconds, f"{entry.formula_microseconds / entry.microseconds:.2f} x", f"{entry.spread:.1%}",
+            entry.origin, _config(entry.config),
+        ]
+        for op, entry in found
+    ]  # fmt: skip
+    _print(
+        ["op", "dtype", "sizes", "flags", "formula us", "best us", "gain", "spread", "origin", "configuration"], rows
+    )
+
+
+def print_choices(choices: Sequence[tuple[Space[Any], Problem, Choice[Any]]]) -> None:
+    """What would be used for problems, and why."""
+    rows = []
+    for space, problem, choice in choices:
+        key, entry = space.key(problem), choice.entry
+        found = "" if entry is None else f"{_sizes(entry.key)}, {entry.origin}, {entry.source.get('date', '')}"
+        config = _config(as_values(choice.config))
+        rows.append(
+            [space.op, key.dtype, _sizes(key), ", ".join(key.flags), config, choice.level, found, choice.path or ""]
+        )
+    _print(["op", "dtype", "sizes", "flags", "configuration", "why", "entry", "file"], rows)

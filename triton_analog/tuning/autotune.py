@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import torch
 from torch import distributed
 
 from triton_analog import environment, launch
+from triton_analog.launch import Hardware
 from triton_analog.tuning import store
-from triton_analog.tuning.measure import NothingRuns, tune
+from triton_analog.tuning.measure import tune
 from triton_analog.tuning.space import Config, Problem, Space, as_values
-from triton_analog.tuning.store import Entry, Table, TuningWarning
+from triton_analog.tuning.store import Entry, Key, Table, TuningWarning
 
 
 def results_directory() -> Path:
@@ -33,15 +36,33 @@ def keep(space: Space[Any], problem: Problem, entry: Entry) -> None:
         warnings.warn(f"the tuned configuration of {space.op} was not kept: {error}", TuningWarning, stacklevel=2)
 
 
-def _tuned(space: Space[Config], problem: Problem, device: torch.device) -> Config | None:
+def _tune_and_keep(space: Space[Any], problem: Problem, device: torch.device) -> Entry | None:
     print(f"triton_analog: tuning {space.op} for {space.key(problem)}", file=sys.stderr)
     try:
         entry = tune(space, problem, device)
-    except (NothingRuns, torch.OutOfMemoryError) as error:
+    except RuntimeError as error:  # nothing runs, no memory, no CUDA graph: the formula serves
         warnings.warn(f"{space.op} was not tuned: {error}", TuningWarning, stacklevel=2)
         return None
     keep(space, problem, entry)
-    return space.accepts(problem, entry.config)
+    return entry
+
+
+_one_at_a_time = threading.RLock()  # reentrant: an operation may look up another one's configuration
+_found: dict[tuple[str, Hardware, Key], Entry | None] = {}
+"""By this process, failures too: neither other numbers of rows with the same key nor a disk that keeps nothing tune again."""
+
+
+def _tuned(space: Space[Config], problem: Problem, device: torch.device) -> Config | None:
+    name = space.op, problem.hardware, space.key(problem)
+    with _one_at_a_time:  # the backward runs in threads
+        if name not in _found:
+            _found[name] = _tune_and_keep(space, problem, device)
+        entry = _found[name]
+    return None if entry is None else space.accepts(problem, entry.config)
+
+
+PATIENCE = timedelta(days=1)
+"""With a rank that tunes, instead of the minutes that the job allows its collectives. If it dies, the launcher ends all."""
 
 
 def _agreed(space: Space[Config], problem: Problem, find: Callable[[], Config | None]) -> Config | None:
@@ -58,6 +79,7 @@ def _agreed(space: Space[Config], problem: Problem, find: Callable[[], Config | 
         finally:
             board.set(name, json.dumps(None if config is None else as_values(config)))
         return config
+    board.wait([name], PATIENCE)
     values = json.loads(board.get(name))
     return None if values is None else space.accepts(problem, values)
 

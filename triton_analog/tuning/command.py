@@ -15,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from triton_analog import environment
-from triton_analog.launch import Hardware, hardware
+from triton_analog.launch import Hardware, hardware, runs_kernel
 from triton_analog.tuning import store, tables
 from triton_analog.tuning.audit import audit
 from triton_analog.tuning.autotune import results_directory
@@ -24,7 +24,8 @@ from triton_analog.tuning.lookup import explain
 from triton_analog.tuning.shapes import MODELS, ROWS, SLICE, Layer, problems
 from triton_analog.tuning.space import Problem, Space, spaces
 from triton_analog.tuning.static import GPUS, gpus_of, static_sweep
-from triton_analog.tuning.sweep import Job, devices, is_done, job_of, share, share_results, sweep
+from triton_analog.tuning.store import Entry
+from triton_analog.tuning.sweep import Done, devices, job_of, measured_before, share, share_results, sweep
 
 KNOWN_FLAGS = sorted({flag for space in spaces().values() for flag in space.flags} - {"aligned", "wide_loads"})
 """Without those that follow from a layer's shape."""
@@ -140,43 +141,58 @@ def _progress() -> Progress:
 def _sweep(options: argparse.Namespace) -> int:
     directory = options.into or results_directory()
     on = devices()
-    jobs = [job_of(space.op, problem) for space, problem in _problems(options, hardware(on[0]))]
-    if not options.again:
-        jobs = [job for job in jobs if not is_done(job, hardware(on[0]), directory)]
-    mine = share(jobs)
+    here = hardware(on[0])
+    if not runs_kernel(torch.empty(1, device=on[0])):
+        print("error: there is no GPU to measure on; --static needs none", file=sys.stderr)
+        return 1
+    mine = share([job_of(space.op, problem) for space, problem in _problems(options, here)])
+    before = {} if options.again else {job: measured_before(job, here, directory) for job in mine}
+    results = [Done(job, here, entry) for job, entry in before.items() if entry is not None]
+    left = [job for job in mine if before.get(job) is None]
+    if results:
+        print(f"{len(results)} of {len(mine)} were measured before; --again measures them too", file=sys.stderr)
     try:
         with _progress() as progress:
-            task = progress.add_task("tuning", total=len(mine))
-            results = sweep(mine, directory, on, lambda done: progress.update(task, advance=1, description=done.job.op))
+            task = progress.add_task("tuning", total=len(left))
+            results += sweep(
+                left, directory, on, lambda done: progress.update(task, advance=1, description=done.job.op)
+            )
     except KeyboardInterrupt:
         print(f"stopped; what was measured is in {directory}. The same command goes on from there.", file=sys.stderr)
         return 130
+    except (OSError, ValueError) as error:
+        print(f"error: {error}; what was measured before is in {directory}", file=sys.stderr)
+        return 1
     results = share_results(results, directory)
     if int(os.environ.get("RANK", 0)) == 0:
         tables.print_gains([(done.job.op, done.entry) for done in results if done.entry is not None])
-        print(f"{len(results)} tuned, in {directory}")
+        print(f"{sum(done.entry is not None for done in results)} configurations, in {directory}")
         for done in results:
             if done.entry is None:
                 print(f"error: {done.error}", file=sys.stderr)
     return 0 if all(done.entry is not None for done in results) else 1
 
 
-def _static_sweep(options: argparse.Namespace) -> int:
-    directory = options.into or results_directory()
-    gpus = options.gpu or gpus_of(options.target)
+def _ranked(gpu: str, directory: Path, options: argparse.Namespace) -> list[tuple[str, Entry]]:
+    """What a model finds for a GPU, kept as it comes."""
     dtypes = [DTYPES[name] for name in options.dtype or ["bf16"]]
     chosen = [spaces()[op] for op in options.op or spaces()]
-    for gpu in gpus:
-        found = []
-        with _progress() as progress:
-            task = progress.add_task(gpu, total=None)
-            for space, entry in static_sweep(
-                gpu, chosen, _layers(options), options.rows, dtypes, options.jobs or os.cpu_count() or 1,
-                lambda done, total: progress.update(task, completed=done, total=total),
-            ):  # fmt: skip
-                store.add(directory, store.Table(space.op, gpu, GPUS[gpu].target, (entry,)))
-                found.append((space.op, entry))
-        tables.print_gains(found)
+    found = []
+    with _progress() as progress:
+        task = progress.add_task(gpu, total=None)
+        for space, entry in static_sweep(
+            gpu, chosen, _layers(options), options.rows, dtypes, options.jobs or os.cpu_count() or 1,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        ):  # fmt: skip
+            store.add(directory, store.Table(space.op, gpu, GPUS[gpu].target, (entry,)))
+            found.append((space.op, entry))
+    return found
+
+
+def _static_sweep(options: argparse.Namespace) -> int:
+    directory = options.into or results_directory()
+    for gpu in options.gpu or gpus_of(options.target):
+        tables.print_gains(_ranked(gpu, directory, options))
     return 0
 
 
@@ -195,7 +211,10 @@ def _show(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for directory in options.directories:
+        if not directory.is_dir():
+            parser.error(f"directories: {directory} is not a folder")
     directories = options.directories or store.search_path(environment.tuning_directory())
     findings = [finding for directory in directories for finding in audit(directory)]
     for path, text in findings:
@@ -212,8 +231,12 @@ def _merge(options: argparse.Namespace) -> int:
         if table is None:
             print(f"error: {path}: no tuning file that can be read", file=sys.stderr)
             failed = 1
-        else:
+            continue
+        try:
             print(f"{path} -> {store.add(directory, table)}")
+        except (OSError, ValueError) as error:
+            print(f"error: {path}: {error}", file=sys.stderr)
+            failed = 1
     return failed
 
 
@@ -254,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "show":
         return _show(options, parser)
     if options.command == "check":
-        return _check(options)
+        return _check(options, parser)
     if options.command == "merge":
         return _merge(options)
     return _inspect(options, parser)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
+import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -18,7 +19,8 @@ from triton_analog.tuning.space import Space
 from triton_analog.tuning.store import Entry
 
 KERNEL_FUNCTIONS = (JITFunction, InterpretedFunction)
-_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+_LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
+_BLOCKS = {tokenize.INDENT: "{", tokenize.DEDENT: "}"}
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -26,31 +28,33 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def _words(source: str) -> list[str]:
-    """The tokens of a function, without comments, docstring and layout."""
+    """The tokens and blocks of a function, without comments, docstring and layout."""
     found = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in _LAYOUT]
-    return [token.string for token in found if not token.string.startswith('"""')]
+    return [_BLOCKS.get(token.type, token.string) for token in found if not token.string.startswith('"""')]
 
 
-def _add(function: Callable[..., Any], found: dict[str, Callable[..., Any]]) -> None:
-    """``function`` and every kernel function that it uses, itself or through others."""
+def _add(function: Callable[..., Any], found: dict[str, str]) -> None:
+    """``function`` and every kernel function and constant that it uses, itself or through others."""
     name = f"{function.__module__}.{function.__name__}"
     if name not in found:
-        found[name] = function
+        found[name] = " ".join(_words(inspect.getsource(function)))
         for used in function.__code__.co_names:
             value = function.__globals__.get(used)
             if isinstance(value, KERNEL_FUNCTIONS):
                 _add(value.fn, found)
+            elif isinstance(value, tl.constexpr) and not isinstance(value.value, bool):  # which says where it runs
+                found[f"{used} in {name}"] = repr(value.value)
 
 
 @cache
 def code_hash(space: Space[Any]) -> str:
-    """Of the kernels in the operation's file and all that they call; where they stand and comments do not matter."""
+    """Of the kernels in the operation's file and all that they use; where they stand and comments do not matter."""
     module = sys.modules[space.config.__module__]
-    functions: dict[str, Callable[..., Any]] = {}
+    found: dict[str, str] = {}
     for value in vars(module).values():
         if isinstance(value, KERNEL_FUNCTIONS) and value.fn.__module__ == module.__name__:
-            _add(value.fn, functions)
-    return _digest(" ".join(_words(inspect.getsource(functions[name]))) for name in sorted(functions))
+            _add(value.fn, found)
+    return _digest(found[name] for name in sorted(found))
 
 
 @cache

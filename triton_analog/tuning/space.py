@@ -66,7 +66,12 @@ class Space(Generic[Config]):
         """
         sizes = dict(key.sizes)
         dtype = getattr(torch, key.dtype, None)
-        if set(sizes) != set(self.sizes) or not set(key.flags) <= set(self.flags) or not isinstance(dtype, torch.dtype):
+        if (
+            not isinstance(dtype, torch.dtype)
+            or str(dtype) != f"torch.{key.dtype}"  # a second name, such as "half"
+            or set(sizes) != set(self.sizes)
+            or not set(key.flags) <= set(self.flags)
+        ):
             raise ValueError(
                 f"key: got {key}; {self.op} has the sizes {', '.join(self.sizes)} and the flags "
                 f"{', '.join(self.flags) or '(none)'}"
@@ -107,7 +112,8 @@ def tile_fits(problem: Problem, rows: int, columns: int, *, least: int, most: in
     problem is small), not beyond its edges. ``smallest``: the fewest rows that a kernel takes."""
     all_rows, all_columns = problem.sizes
     numbers = rows * columns
-    few = rows >= all_rows or all_rows * all_columns < 2**20
+    # Between powers of two the answer is the same, as the configuration has to be.
+    few = rows >= all_rows or triton.next_power_of_2(all_rows) * all_columns <= 2**20
     return (
         numbers <= most
         and (numbers >= least or few)

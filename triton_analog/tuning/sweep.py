@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -53,24 +54,27 @@ def job_of(op: str, problem: Problem) -> Job:
     return Job(op, spaces()[op].key(problem))
 
 
-def is_done(job: Job, device: Hardware, directory: Path) -> bool:
-    """Whether ``directory`` holds a measured entry of this device for these kernels."""
+def measured_before(job: Job, device: Hardware, directory: Path) -> Entry | None:
+    """The measured entry of this device for these kernels, if ``directory`` holds one."""
     table = store.read(store.table_path(directory, device.name, job.op))
     found = [entry for entry in table.entries if entry.key == job.key] if table and table.device == device.name else []
-    return any(entry.origin == "measured" and not is_stale(spaces()[job.op], entry) for entry in found)
+    fresh = (entry for entry in found if entry.origin == "measured" and not is_stale(spaces()[job.op], entry))
+    return next(fresh, None)
 
 
 def devices() -> list[torch.device]:
-    """Where a sweep runs: every visible GPU, of a process started by torchrun its own; else the CPU."""
+    """Where a sweep runs: every visible GPU like the first, of a process started by torchrun its own; else the CPU."""
     if not torch.cuda.is_available():
         return [torch.device("cpu")]
     if "LOCAL_RANK" in os.environ:
         return [torch.device("cuda", int(os.environ["LOCAL_RANK"]))]
-    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    every = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [device for device in every if hardware(device) == hardware(every[0])]
 
 
 def share(jobs: Sequence[Job]) -> list[Job]:
-    """A rank's part of the jobs when torchrun started several."""
+    """A rank's part when torchrun started several. ``jobs`` has to be the same list on all of them: before what is done is
+    left out, as others' results come in at any time."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return list(jobs[rank::world])
 
@@ -134,11 +138,15 @@ def sweep(
     return results
 
 
+PATIENCE = timedelta(days=7)
+"""With ranks that have more to do than others. If one fails, torchrun ends them all."""
+
+
 def share_results(results: list[Done], directory: Path) -> list[Done]:
     """All ranks' results, on every machine of a sweep that torchrun started on several, which may not share a disk."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return results
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
         gathered: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(gathered, results)

@@ -34,7 +34,7 @@ REPORT_COLUMNS = {
 def console(stderr: bool = False) -> Console:
     """As wide as it has to be where the output is not a terminal: a file or a pipe cuts nothing off."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 400, highlight=False)
+    return Console(stderr=stderr, width=None if stream.isatty() else 10_000, highlight=False)
 
 
 def _print(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

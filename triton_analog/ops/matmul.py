@@ -44,8 +44,8 @@ from triton_analog.launch import (
 )
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
-from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
 from triton_analog.ops.dac import SPACE as DAC_SPACE
+from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
 from triton_analog.ops.matmul_dgrad import _matmul_dgrad
 from triton_analog.ops.matmul_wgrad import _matmul_wgrad
 from triton_analog.reference.adc import mask_shape

@@ -52,14 +52,14 @@ class Operands:
         return mask
 
 
-def _slices(width: int) -> int:
+def slices_for(width: int) -> int:
     """As many as make 4096 features, up to 8."""
     return max(1, min(8, 4096 // width))
 
 
 def _absmax(new: Operands, p: Problem) -> Call:
     rows, width = p.sizes
-    x, slices = new.normal(rows, width * _slices(width)), _slices(width)
+    x, slices = new.normal(rows, width * slices_for(width)), slices_for(width)
     return lambda: ops.absmax(x, slices)
 
 
@@ -77,7 +77,7 @@ def _adc_grad(new: Operands, p: Problem) -> Call:
 
 
 def _input(new: Operands, rows: int, width: int) -> tuple[Tensor, Tensor, int]:
-    slices = _slices(width)
+    slices = slices_for(width)
     return new.normal(rows, width * slices), new.full(slices, value=3.0), slices
 
 
@@ -106,11 +106,13 @@ def _input_range_grad(new: Operands, p: Problem) -> Call:
 
 def _matmul(new: Operands, p: Problem) -> Call:
     (rows, columns, width), (per_slice, noise, dynamic) = p.sizes, p.flags
-    int8, slices = p.dtype == torch.int8, _slices(width)
+    int8, slices = p.dtype == torch.int8, slices_for(width)
     inputs = torch.bfloat16 if int8 else p.dtype
     x = new.normal(rows, width * slices, dtype=inputs)
     shape = columns, width * slices
-    weight = new.steps(*shape, dtype=p.dtype) if int8 else new.normal(*shape).div_(64)
+    weight = new.steps(*shape, dtype=p.dtype) if int8 else new.normal(*shape)
+    if new.filled and not int8:
+        weight /= 64
     r = new.full(slices, rows, value=3.0) if dynamic else new.full(slices, value=3.0)
     wmax, seed = new.full(slices, columns, value=0.05), new.seed()
     options: dict[str, Any] = {"out_noise": 0.04, "noise_wmax": wmax, "seed": seed} if noise else {}
@@ -126,7 +128,7 @@ def _matmul(new: Operands, p: Problem) -> Call:
 
 def _matmul_dgrad(new: Operands, p: Problem) -> Call:
     (rows, columns, width), (ranged, masked) = p.sizes, p.flags
-    slices = _slices(width) if ranged or masked else 1  # otherwise they make no difference
+    slices = slices_for(width) if ranged or masked else 1  # otherwise they make no difference
     x, r = new.normal(rows, width * slices), new.full(slices, value=3.0)
     grad, weight = new.normal(rows, columns), new.normal(columns, width * slices)
     mask = new.mask(slices, rows, columns) if masked else None
@@ -136,7 +138,7 @@ def _matmul_dgrad(new: Operands, p: Problem) -> Call:
 
 def _matmul_wgrad(new: Operands, p: Problem) -> Call:
     (rows, columns, width), (masked,) = p.sizes, p.flags
-    slices = _slices(width)
+    slices = slices_for(width)
     x, r = new.steps(rows, width * slices, dtype=p.dtype), new.full(slices, value=3.0)
     grad = new.normal(rows, columns)
     mask = new.mask(slices, rows, columns) if masked else None
@@ -156,7 +158,7 @@ def _std(new: Operands, p: Problem) -> Call:
 def _weight(new: Operands, p: Problem) -> Call:
     (rows, width), (noise, aligned) = p.sizes, p.flags
     width -= 0 if aligned else 15  # the launcher counts what a slice's first tile may reach before it
-    slices = _slices(width)
+    slices = slices_for(width)
     weight, seed = new.normal(rows, width * slices), new.seed()
     options: dict[str, Any] = {"noise_type": "per_channel", "std_dev": 0.02, "seed": seed} if noise else {}
 

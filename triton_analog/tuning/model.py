@@ -48,7 +48,7 @@ from typing import Any
 
 import triton
 
-from triton_analog.tuning.cases import _slices
+from triton_analog.tuning.cases import slices_for
 from triton_analog.tuning.occupancy import SCHEDULERS
 from triton_analog.tuning.space import Problem
 
@@ -165,7 +165,7 @@ def _product(
 
 def _matmul(problem: Problem, config: Any) -> Work:
     (rows, columns, width), (per_slice, *_) = problem.sizes, problem.flags
-    slices = _slices(width)
+    slices = slices_for(width)
     features = width * slices
     tiles = triton.cdiv(rows, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N)
     elements = rows * features + columns * features + rows * columns * (1 + per_slice * slices / 8 / 2)  # with a mask
@@ -176,7 +176,7 @@ def _matmul(problem: Problem, config: Any) -> Work:
 
 def _matmul_dgrad(problem: Problem, config: Any) -> Work:
     (rows, columns, width), (ranged, masked) = problem.sizes, problem.flags
-    slices = _slices(width) if ranged or masked else 1
+    slices = slices_for(width) if ranged or masked else 1
     tiles = triton.cdiv(rows, config.BLOCK_M) * slices * triton.cdiv(width, config.BLOCK_K)
     elements = rows * columns + width * slices * (columns + (3 if ranged else 1) * rows)
     tile = config.BLOCK_M, config.BLOCK_K, config.BLOCK_N
@@ -185,7 +185,7 @@ def _matmul_dgrad(problem: Problem, config: Any) -> Work:
 
 def _matmul_wgrad(problem: Problem, config: Any) -> Work:
     rows, columns, width = problem.sizes
-    slices = _slices(width)
+    slices = slices_for(width)
     tiles = triton.cdiv(columns, config.BLOCK_N) * slices * triton.cdiv(width, config.BLOCK_K)
     elements = rows * columns + width * slices * (rows + columns)
     tile = config.BLOCK_N, config.BLOCK_K, config.BLOCK_M
@@ -203,7 +203,7 @@ def _pass(moved: float, rows: str, columns: str, *, loops: bool = False, sliced:
 
     def work(problem: Problem, config: Any) -> Work:
         down, across = _tiles(problem, getattr(config, rows), getattr(config, columns))
-        slices = _slices(problem.sizes[1]) if sliced else 1
+        slices = slices_for(problem.sizes[1]) if sliced else 1
         size = problem.sizes[0] * problem.sizes[1] * slices * moved
         return Work(down * slices * (1 if loops else across), across if loops else 1, size)
 
@@ -213,7 +213,7 @@ def _pass(moved: float, rows: str, columns: str, *, loops: bool = False, sliced:
 def _shared_out(problem: Problem, config: Any, block_rows: int) -> Work:
     """A fixed number of programs, which share the tiles out."""
     down, across = _tiles(problem, block_rows, config.BLOCK_K)
-    slices = _slices(problem.sizes[1])
+    slices = slices_for(problem.sizes[1])
     programs = max(1, min(down * across, config.programs // slices))
     size = problem.sizes[0] * problem.sizes[1] * slices * problem.dtype.itemsize
     return Work(programs * slices, triton.cdiv(down * across, programs), size)

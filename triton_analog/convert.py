@@ -18,6 +18,7 @@ from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
 from triton_analog.nn.linear import AnalogLinear
+from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.settings import check_config
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 CONVERSION_MAP: dict[type[nn.Module], Any] = {
     nn.Linear: AnalogLinear,
     nn.Sequential: AnalogSequential,
+    nn.GRU: AnalogRNN,
+    nn.LSTM: AnalogRNN,
+    nn.RNN: AnalogRNN,
 }
 """The analog class of every torch class that :func:`convert_to_analog` replaces; it has ``from_digital(module, config)``
 and ``to_digital(module)``."""

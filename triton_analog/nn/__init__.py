@@ -3,5 +3,24 @@
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper
 from triton_analog.nn.linear import AnalogLinear
+from triton_analog.nn.rnn import AnalogRNN
+from triton_analog.nn.rnn_cells import (
+    AnalogGRUCell,
+    AnalogLSTMCell,
+    AnalogLSTMCellCombinedWeight,
+    AnalogVanillaRNNCell,
+    LSTMState,
+)
 
-__all__ = ["AnalogLayerBase", "AnalogLinear", "AnalogSequential", "AnalogWrapper"]
+__all__ = [
+    "AnalogGRUCell",
+    "AnalogLSTMCell",
+    "AnalogLSTMCellCombinedWeight",
+    "AnalogLayerBase",
+    "AnalogLinear",
+    "AnalogRNN",
+    "AnalogSequential",
+    "AnalogVanillaRNNCell",
+    "AnalogWrapper",
+    "LSTMState",
+]

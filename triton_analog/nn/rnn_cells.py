@@ -1,0 +1,243 @@
+"""One time step of a recurrent layer on analog tiles."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.nn.containers import AnalogContainerBase
+from triton_analog.nn.linear import AnalogLinear
+
+State = tuple[Tensor, ...]
+"""The hidden state of a cell, then its cell state if it has one; each ``[B, size]``."""
+
+NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+class LSTMState(NamedTuple):
+    """The state of any cell: hidden state ``hx [B, H]`` (``[B, P]`` with a projection), and ``cx [B, H]`` of an LSTM."""
+
+    hx: Tensor
+    cx: Tensor | None = None
+
+
+class AnalogRNNCellBase(AnalogContainerBase):
+    """A cell of :class:`AnalogRNN`: a step is split into a part for all time steps at once and the recurrent part.
+
+    A subclass creates its products, each an ``AnalogLinear`` called ``weight_...`` as torch calls the matrix, sets
+    ``state_sizes``, and defines :meth:`step`; :meth:`project_input` too unless it has a product ``weight_ih``.
+    """
+
+    state_sizes: tuple[int, ...]
+    """Width of the hidden state, and of the cell state if there is one."""
+
+    weight_ih: AnalogLinear
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.state_sizes = (hidden_size,)
+
+    def project_input(self, input: Tensor) -> Tensor:
+        """What of a step does not depend on the state: ``input [rows, I]``, rows of any time steps, to ``[rows, ...]``."""
+        return self.weight_ih(input)
+
+    def step(self, projected: Tensor, state: State) -> State:
+        """The state after ``state``, given ``[B, ...]`` of :meth:`project_input`."""
+        raise NotImplementedError(f"{type(self).__name__} must define step")
+
+    def forward(self, input: Tensor, state: LSTMState | tuple[Tensor, Tensor | None]) -> tuple[Tensor, LSTMState]:
+        """``input [B, I]`` and the state before it, to the output (the hidden state) and the state after it."""
+        known = tuple(part for part in state if part is not None)
+        after = LSTMState(*self.step(self.project_input(input), known))
+        return after.hx, after
+
+    def get_zero_state(self, batch_size: int) -> LSTMState:
+        """A state of zeros for ``batch_size`` rows, in the dtype and on the device of the parameters."""
+        like = next(self.parameters())
+        return LSTMState(*(like.new_zeros(batch_size, size) for size in self.state_sizes))
+
+
+class AnalogVanillaRNNCell(AnalogRNNCellBase):
+    """The cell of ``torch.nn.RNN``: ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``.
+
+    Args:
+        input_size: Size ``I`` of each input.
+        hidden_size: Size ``H`` of the state.
+        bias: Whether both products have a (digital) bias.
+        device: Where the parameters are created.
+        dtype: Their dtype.
+        rpu_config: What both products simulate; each takes a copy.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+
+    Raises:
+        ConfigError: ``rpu_config`` is missing or not valid.
+        ValueError: a size or ``nonlinearity`` outside the above.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        rpu_config: TorchInferenceRPUConfig | None = None,
+        nonlinearity: str = "tanh",
+    ) -> None:
+        super().__init__(input_size, hidden_size)
+        if nonlinearity not in NONLINEARITIES:
+            raise ValueError(f"nonlinearity: got {nonlinearity!r}; allowed are {', '.join(map(repr, NONLINEARITIES))}")
+        self.nonlinearity = nonlinearity
+        product = partial(AnalogLinear, bias=bias, device=device, dtype=dtype, rpu_config=rpu_config)
+        self.weight_ih = product(input_size, hidden_size)
+        self.weight_hh = product(hidden_size, hidden_size)
+
+    def step(self, projected: Tensor, state: State) -> State:
+        return (NONLINEARITIES[self.nonlinearity](projected + self.weight_hh(state[0])),)
+
+
+class AnalogGRUCell(AnalogRNNCellBase):
+    """The cell of ``torch.nn.GRU``, with its gates in the order reset, update, new.
+
+    ``r, z = sigmoid(W_ih x + b_ih + W_hh h + b_hh)``, ``n = tanh(W_in x + b_in + r * (W_hn h + b_hn))``,
+    ``h' = n + z * (h - n)``.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype, rpu_config: As for :class:`AnalogVanillaRNNCell`.
+
+    Raises:
+        ConfigError: ``rpu_config`` is missing or not valid.
+        ValueError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        rpu_config: TorchInferenceRPUConfig | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size)
+        product = partial(AnalogLinear, bias=bias, device=device, dtype=dtype, rpu_config=rpu_config)
+        self.weight_ih = product(input_size, 3 * hidden_size)
+        self.weight_hh = product(hidden_size, 3 * hidden_size)
+
+    def step(self, projected: Tensor, state: State) -> State:
+        (h,) = state
+        split = (2 * self.hidden_size, self.hidden_size)
+        gates_x, new_x = projected.split(split, dim=1)
+        gates_h, new_h = self.weight_hh(h).split(split, dim=1)
+        reset, update = torch.sigmoid(gates_x + gates_h).chunk(2, dim=1)
+        new = torch.tanh(new_x + reset * new_h)
+        return (new + update * (h - new),)
+
+
+class _LSTMCell(AnalogRNNCellBase):
+    """What both LSTM cells do with their gates."""
+
+    weight_hr: AnalogLinear | None
+
+    def __init__(self, input_size: int, hidden_size: int, proj_size: int, **options: Any) -> None:
+        super().__init__(input_size, hidden_size)
+        if not 0 <= proj_size < hidden_size:
+            raise ValueError(f"proj_size: got {proj_size}; allowed are 0 (none) to hidden_size - 1 = {hidden_size - 1}")
+        self.proj_size = proj_size
+        self.state_sizes = (proj_size or hidden_size, hidden_size)
+        self.create_products(self.state_sizes[0], **options)
+        self.weight_hr = AnalogLinear(hidden_size, proj_size, **{**options, "bias": False}) if proj_size else None
+
+    def create_products(self, recurrent_size: int, **options: Any) -> None:
+        """Create the products that make the gates, from ``I`` inputs and ``recurrent_size`` hidden ones."""
+        raise NotImplementedError
+
+    def update(self, gates: Tensor, c: Tensor) -> State:
+        """The next state, from gates ``[B, 4 * H]`` in torch's order: input, forget, cell, output."""
+        i, f, g, o = gates.chunk(4, dim=1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return (h if self.weight_hr is None else self.weight_hr(h), c)
+
+
+class AnalogLSTMCell(_LSTMCell):
+    """The cell of ``torch.nn.LSTM``, with its gates in the order input, forget, cell, output.
+
+    ``i, f, g, o = W_ih x + b_ih + W_hh h + b_hh``, ``c' = sigmoid(f) * c + sigmoid(i) * tanh(g)``,
+    ``h' = sigmoid(o) * tanh(c')``; with ``proj_size``, a third product ``W_hr`` (without bias) follows: ``h' = W_hr h'``.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype, rpu_config: As for :class:`AnalogVanillaRNNCell`.
+        proj_size: Size ``P < H`` of the hidden state after its projection; 0: no projection.
+
+    Raises:
+        ConfigError: ``rpu_config`` is missing or not valid.
+        ValueError: a size outside the above.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        rpu_config: TorchInferenceRPUConfig | None = None,
+        proj_size: int = 0,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, proj_size, bias=bias, device=device, dtype=dtype, rpu_config=rpu_config
+        )
+
+    def create_products(self, recurrent_size: int, **options: Any) -> None:
+        self.weight_ih = AnalogLinear(self.input_size, 4 * self.hidden_size, **options)
+        self.weight_hh = AnalogLinear(recurrent_size, 4 * self.hidden_size, **options)
+
+    def step(self, projected: Tensor, state: State) -> State:
+        h, c = state
+        return self.update(projected + self.weight_hh(h), c)
+
+
+class AnalogLSTMCellCombinedWeight(_LSTMCell):
+    """:class:`AnalogLSTMCell` with one matrix ``weight`` for input and hidden state, ``[4 * H, I + H]``, and one bias.
+
+    Input and hidden state then share the tiles and their input ranges, and the whole product is computed step by step.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype, rpu_config, proj_size: As for :class:`AnalogLSTMCell`; the matrix is
+            ``[4 * H, I + P]`` with a projection.
+
+    Raises:
+        ConfigError: ``rpu_config`` is missing or not valid.
+        ValueError: a size outside the above.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        rpu_config: TorchInferenceRPUConfig | None = None,
+        proj_size: int = 0,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, proj_size, bias=bias, device=device, dtype=dtype, rpu_config=rpu_config
+        )
+
+    def create_products(self, recurrent_size: int, **options: Any) -> None:
+        self.weight = AnalogLinear(self.input_size + recurrent_size, 4 * self.hidden_size, **options)
+
+    def project_input(self, input: Tensor) -> Tensor:
+        """``input`` itself: nothing of the product can do without the hidden state."""
+        return input
+
+    def step(self, projected: Tensor, state: State) -> State:
+        h, c = state
+        return self.update(self.weight(torch.cat((projected, h), dim=1)), c)

@@ -1,13 +1,16 @@
 """Hardware-aware training for analog in-memory computing, as Triton kernels with a thin ``nn`` package on top."""
 
 from triton_analog import functional, nn, ops
+from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.convert import convert_to_analog, convert_to_digital
 from triton_analog.optim import AnalogOptimizer
 
 __all__ = [
     "AnalogOptimizer",
+    "InputRangeCalibrationType",
     "TorchInferenceRPUConfig",
+    "calibrate_input_ranges",
     "convert_to_analog",
     "convert_to_digital",
     "functional",

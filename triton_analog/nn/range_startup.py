@@ -124,6 +124,33 @@ class RangeStartup(AnalogLayerBase):
                 assert buffer is not None
                 buffer.zero_()
 
+    def tile_rows(self, x: Tensor) -> Tensor:
+        """What the tiles multiply for an input ``x [..., K]`` of the product: rows ``[M, K]``.
+
+        A layer whose product takes other inputs overrides this; with ``G`` groups of tiles, the rows are ``[M, G * K]``, and
+        the ranges ``[G * S]``, group by group.
+        """
+        return x.reshape(-1, x.shape[-1])
+
+    @torch.no_grad()
+    def set_input_range(self, values: Tensor) -> None:
+        """Copy ``values [S]`` into the stored ranges, in place, and end their start-up.
+
+        Raises:
+            ValueError: the layer stores no ranges, or another number of them.
+        """
+        if self.input_range is None or self.input_range_update_idx is None:
+            raise ValueError(
+                "input_range: this layer stores none; hand a config with pre_post.input_range.enable = True and dynamic = False "
+                "to layer.reconfigure first"
+            )
+        if values.shape != self.input_range.shape:
+            raise ValueError(f"values: got shape {tuple(values.shape)}; {tuple(self.input_range.shape)} is needed")
+        self.input_range.copy_(values)
+        self._forwards_seen = max(self.rpu_config.pre_post.input_range.init_from_data, 0)
+        self.input_range_update_idx.fill_(self._forwards_seen)
+        self._reset_residual()
+
     def _convert_counter(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Make the counter of AIHWKIT-Lightning's files one of ours; -inf there is a calibrated range, not to start up."""
         counter = state_dict.get(prefix + "input_range_update_idx")

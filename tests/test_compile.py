@@ -13,7 +13,8 @@ import pytest
 import triton
 
 from triton_analog.tuning import lookup
-from triton_analog.tuning.inspect import OPS, TARGETS, run_in_processes, specializations
+from triton_analog.tuning.inspect import OPS, TARGETS, specializations
+from triton_analog.tuning.processes import run_in_processes
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all of the compilation
 

@@ -28,8 +28,9 @@ from triton_analog.ops.dac import DacConfig
 from triton_analog.ops.matmul import MatmulConfig
 from triton_analog.tuning import autotune, lookup, store
 from triton_analog.tuning.fingerprint import code_hash, space_hash
-from triton_analog.tuning.inspect import run_in_processes, specializations
+from triton_analog.tuning.inspect import specializations
 from triton_analog.tuning.lookup import REACH, choose, distance, explain
+from triton_analog.tuning.processes import run_in_processes
 from triton_analog.tuning.space import Problem, Space, as_values, forced, spaces
 from triton_analog.tuning.store import Entry, Key, Table, TuningWarning
 

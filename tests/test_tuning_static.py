@@ -15,9 +15,11 @@ from triton_analog.ops.matmul import MatmulConfig
 from triton_analog.ops.matmul_dgrad import MatmulDgradConfig
 from triton_analog.ops.matmul_wgrad import MatmulWgradConfig
 from triton_analog.tuning import static, store
+from triton_analog.tuning.compiling import Kernel, compile_kernel
 from triton_analog.tuning.fingerprint import code_hash, is_stale, space_hash
-from triton_analog.tuning.inspect import TARGETS, run_in_processes
+from triton_analog.tuning.inspect import TARGETS
 from triton_analog.tuning.model import START, Compiled, Work, microseconds, work_of
+from triton_analog.tuning.processes import run_in_processes
 from triton_analog.tuning.shapes import Layer, problems
 from triton_analog.tuning.space import Problem, as_values, spaces
 from triton_analog.tuning.static import GPUS, gpus_of, static_sweep, worth_it
@@ -157,11 +159,9 @@ MEASURED = {
 @pytest.fixture(scope="module")
 def modelled(compiling):
     """Model's microseconds and the compiler's numbers."""
-    kernels = [
-        static.Kernel(op, problem_of(op, (8192, 4096, 512), flags), config, ()) for op, flags, config in TILES.values()
-    ]
+    kernels = [Kernel(op, problem_of(op, (8192, 4096, 512), flags), config) for op, flags, config in TILES.values()]
     found = {}
-    for name, kernel, numbers in zip(TILES, kernels, run_in_processes(static._compile, kernels, 2), strict=True):
+    for name, kernel, numbers in zip(TILES, kernels, run_in_processes(compile_kernel, kernels, 2), strict=True):
         config, work = kernel.config, work_of(kernel.op, kernel.problem, kernel.config)
         assert isinstance(numbers, Compiled), numbers
         found[name] = (
@@ -280,7 +280,7 @@ def shipped_kernels(gpu, op):
     for entry in table.entries:
         problem = space.problem(hardware_of(gpu), entry.key)
         config = space.accepts(problem, entry.config)
-        found.setdefault((problem.flags, config), static.Kernel(op, problem, config, ()))
+        found.setdefault((problem.flags, config), Kernel(op, problem, config))
     return list(found.values())
 
 
@@ -291,7 +291,7 @@ def test_shipped_products_do_not_spill_on_hopper(compiling):
     random.Random(0).shuffle(kernels)
     kernels = kernels[:12]
     assert Counter(kernel.op for kernel in kernels).keys() == set(static.PRODUCTS)
-    for kernel, numbers in zip(kernels, run_in_processes(static._compile, kernels, 2), strict=True):
+    for kernel, numbers in zip(kernels, run_in_processes(compile_kernel, kernels, 2), strict=True):
         assert isinstance(numbers, Compiled), (kernel, numbers)
         assert numbers.spilled_bytes == 0, kernel
         assert numbers.occupancy > 0, kernel

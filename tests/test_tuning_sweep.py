@@ -26,6 +26,7 @@ from triton_analog.tuning import command, measure, store
 from triton_analog.tuning import sweep as sweeping
 from triton_analog.tuning.fingerprint import code_hash, space_hash
 from triton_analog.tuning.measure import FINALISTS, ROUNDS, WORTH_IT, NothingRuns, agrees, tune
+from triton_analog.tuning.model import Compiled
 from triton_analog.tuning.shapes import Layer, problems
 from triton_analog.tuning.space import Problem, as_values, forced_config, spaces
 from triton_analog.tuning.store import Entry, Key, Table
@@ -201,12 +202,79 @@ def test_where_nothing_runs_the_error_names_the_problem(device, timed, monkeypat
     assert log == []
 
 
-def test_only_given_candidates_are_tried_and_each_is_reported(device, candidates, timed):
+def test_only_given_candidates_are_tried(device, candidates, timed):
     log = timed(dict(zip(candidates, [40.0, 30.0, 20.0, 10.0], strict=True)))
-    reported = []
-    entry = tune(NOISE, small(device), device, candidates[:2], lambda: reported.append(len(log)))
+    entry = tune(NOISE, small(device), device, candidates[:2])
     assert entry.config == as_values(candidates[1])
-    assert reported == [1, 2]
+    assert set(log) == set(candidates[:2])
+
+
+def test_neighbours_differ_in_one_field_and_in_warps(device):
+    problem = Problem(hardware(device), torch.float32, (4096, 4096))
+    center = NOISE.formula(problem)
+    near, every = measure.neighbours(NOISE, problem, center), NOISE.candidates(problem)
+    for config in every:
+        others = (config.BLOCK_M != center.BLOCK_M) + (config.BLOCK_N != center.BLOCK_N)
+        assert (config in near) is (others <= 1)
+    assert center in near
+    assert len(near) < len(every)
+
+
+def test_a_search_goes_on_from_the_fastest_neighbour_until_none_is_faster(device, timed, monkeypatch):
+    """Two fields away from the formula's; what lies beyond is not timed."""
+    problem = Problem(hardware(device), torch.float32, (4096, 4096))
+    monkeypatch.setattr(measure, "_runs", lambda *arguments: True)
+    center, every = NOISE.formula(problem), NOISE.candidates(problem)
+    goal = max(every, key=lambda config: (config.BLOCK_M != center.BLOCK_M, config.BLOCK_N != center.BLOCK_N))
+
+    def off(config: Any) -> float:
+        return 10.0 * ((config.BLOCK_M != goal.BLOCK_M) + (config.BLOCK_N != goal.BLOCK_N) + 1)
+
+    log = timed({config: off(config) for config in every})
+    entry = tune(NOISE, problem, device)
+    assert (entry.microseconds, entry.formula_microseconds) == (10.0, 30.0)
+    assert max(log.count(config) for config in set(log)) <= 1 + ROUNDS
+    assert len(set(log)) < len(every)
+
+
+class Compilers:
+    """In the place of processes: the compiler's numbers of configurations, or what it raised."""
+
+    def __init__(self, numbers: dict[Any, Any]) -> None:
+        self.numbers = numbers
+        self.rounds: list[int] = []
+
+    def map(self, function: Any, kernels: Any) -> list[Any]:
+        self.rounds.append(len(kernels))
+        return [self.numbers[kernel.config] for kernel in kernels]
+
+
+def compiled(spilled: int = 0, occupancy: int = 2) -> Compiled:
+    return Compiled(100, spilled, 0, 1000, 100, 0, occupancy)
+
+
+@pytest.mark.parametrize("spills", [0, 8], ids=["a formula without spills", "a formula that spills"])
+def test_what_spills_more_than_the_formulas_or_does_not_fit_is_not_timed(device, candidates, timed, monkeypatch, spills):
+    first, a, b, c = candidates
+    problem = Problem(Hardware("", "sm_90", 90), torch.float32, (16, 16))
+    assert NOISE.candidates(problem) == candidates
+    log = timed(dict.fromkeys(candidates, 1.0))
+    compilers: Any = Compilers(
+        {first: compiled(spills), a: compiled(spills + 4), b: compiled(spills), c: compiled(occupancy=0)}
+    )
+    tune(NOISE, problem, device, processes=compilers)
+    assert set(log) == {first, b}
+    assert compilers.rounds == [1 + len(candidates)]  # all of a round at once
+
+
+def test_the_formulas_configuration_is_tried_though_the_compiler_fails(device, candidates, timed):
+    first, a, b, c = candidates
+    log = timed(dict.fromkeys(candidates, 1.0))
+    compilers: Any = Compilers(
+        {first: RuntimeError("no compiler"), a: compiled(), b: compiled(4), c: MemoryError("full")}
+    )
+    tune(NOISE, Problem(Hardware("", "sm_90", 90), torch.float32, (16, 16)), device, processes=compilers)
+    assert set(log) == {first, a}
 
 
 def test_the_users_random_numbers_and_configurations_stay_as_they_are(device, candidates, timed):
@@ -302,7 +370,7 @@ class Tuner:
         self.asked: list[int] = []
         self.fail: dict[int, BaseException] = {}
 
-    def __call__(self, space, problem, device) -> Entry:
+    def __call__(self, space, problem, device, candidates, processes) -> Entry:
         columns = problem.sizes[1]
         self.asked.append(columns)
         if columns in self.fail:
@@ -515,11 +583,11 @@ from triton_analog.tuning import command, sweep
 
 tune = sweep.tune
 
-def reported(space, problem, device):
+def reported(space, problem, device, candidates, processes):
     print("tuning", problem.sizes[1], flush=True)
     if str(problem.sizes[1]) == os.environ.get("DIES_AT"):
         os.kill(os.getpid(), 9)
-    return tune(space, problem, device)
+    return tune(space, problem, device, candidates, processes)
 
 sweep.tune = reported
 sys.exit(command.main(sys.argv[1:]))

@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--into", type=Path, help="folder for the results (default: where lookups find them)")
     command.add_argument("--again", action="store_true", help="also what was measured before")
     command.add_argument(
+        "--exhaustive",
+        action="store_true",
+        help="time every configuration instead of searching: hours instead of minutes",
+    )
+    command.add_argument(
         "--static", action="store_true", help="rank by the compiler's numbers and a model; needs no GPU"
     )
     command.add_argument("--target", choices=TARGETS, help="with --static: all known GPUs of an architecture")
@@ -155,8 +160,9 @@ def _sweep(options: argparse.Namespace) -> int:
         with _progress() as progress:
             task = progress.add_task("tuning", total=len(left))
             results += sweep(
-                left, directory, on, lambda done: progress.update(task, advance=1, description=done.job.op)
-            )
+                left, directory, on, lambda done: progress.update(task, advance=1, description=done.job.op),
+                options.exhaustive,
+            )  # fmt: skip
     except KeyboardInterrupt:
         print(f"stopped; what was measured is in {directory}. The same command goes on from there.", file=sys.stderr)
         return 130

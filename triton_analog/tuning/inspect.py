@@ -6,16 +6,13 @@ what it compiles, so what is reported is what would run.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +30,7 @@ from triton_analog.tuning.disassembly import (
     parse_sass,
 )
 from triton_analog.tuning.occupancy import MULTIPROCESSORS, occupancy
+from triton_analog.tuning.processes import run_in_processes
 from triton_analog.tuning.variants import variants
 
 TARGETS = {
@@ -41,9 +39,6 @@ TARGETS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPS = tuple(variants(torch.bfloat16))
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -229,30 +224,6 @@ def inspect_variant(work: Work) -> list[Report | Failure]:
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def run_in_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], jobs: int
-) -> list[Result | BaseException]:
-    """``function`` of every item, over ``jobs`` new processes; in place of a result what it raised.
-
-    A process that dies (a compiler's assertion) takes the pool along. What it left undone is tried again, each item in a
-    process of its own, so that only the item that kills it is lost.
-    """
-
-    def attempt(items: Sequence[Item]) -> list[Result | BaseException]:
-        # Spawned, not forked: the parent may hold threads, and forked children would inherit their locks.
-        with ProcessPoolExecutor(min(jobs, len(items)), mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(function, item) for item in items]
-        return [future.exception() or future.result() for future in futures]
-
-    if not items:
-        return []
-    results = attempt(items)
-    for i, result in enumerate(results):
-        if isinstance(result, BrokenProcessPool):
-            results[i] = attempt([items[i]])[0]
-    return results
 
 
 def _check(ops: Sequence[str], targets: Sequence[str], dtypes: Sequence[str]) -> None:

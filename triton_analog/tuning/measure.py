@@ -1,10 +1,10 @@
-"""The fastest configuration for a problem, found by running them all."""
+"""The fastest configuration for a problem, found by running them."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from statistics import median, quantiles
@@ -18,7 +18,10 @@ from triton.testing import do_bench_cudagraph
 
 from triton_analog.launch import backend
 from triton_analog.tuning.cases import Call, call_of
+from triton_analog.tuning.compiling import worth_timing
 from triton_analog.tuning.fingerprint import code_hash, space_hash
+from triton_analog.tuning.inspect import TARGETS
+from triton_analog.tuning.processes import Processes
 from triton_analog.tuning.space import Config, Problem, Space, as_values, forced
 from triton_analog.tuning.store import Entry
 
@@ -99,18 +102,45 @@ def source(space: Space[Any], problem: Problem, device: torch.device) -> dict[st
     }
 
 
-def _runnable(
-    space: Space[Config], candidates: Iterable[Config], call: Call, expected: Sequence[Tensor]
-) -> Iterator[Config]:
-    """Candidates that start and agree with the reference."""
-    for config in candidates:
-        try:
-            with forced(space, config), backend("kernel"):
-                fine = agrees(tensors(call()), expected)
-        except Exception:  # whatever the compiler or the driver raises, this one cannot run here
-            continue
-        if fine:
-            yield config
+def _runs(space: Space[Config], config: Config, call: Call, expected: Sequence[Tensor]) -> bool:
+    """Whether a configuration starts and agrees with the reference."""
+    try:
+        with forced(space, config), backend("kernel"):
+            return agrees(tensors(call()), expected)
+    except Exception:  # whatever the compiler or the driver raises, this one cannot run here
+        return False
+
+
+def neighbours(space: Space[Config], problem: Problem, config: Config) -> list[Config]:
+    """The candidates that differ from ``config`` in one field, and in the number of warps besides: a tile of another size
+    may want another."""
+    values = as_values(config)
+
+    def is_near(other: Config) -> bool:
+        others = as_values(other)
+        return sum(others[name] != values[name] for name in values.keys() - {"num_warps"}) <= 1
+
+    return [other for other in space.candidates(problem) if is_near(other)]
+
+
+def _search(
+    space: Space[Config], problem: Problem, time: Callable[[Sequence[Config]], dict[Config, float]]
+) -> dict[Config, float]:
+    """Times of configurations on the way from the formula's to one that is faster than all its neighbours.
+
+    A few dozen instead of the thousand of a product's space.
+    """
+    best = space.formula(problem)
+    tried: set[Config] = set()
+    times: dict[Config, float] = {}
+    while True:
+        new = [config for config in neighbours(space, problem, best) if config not in tried]
+        tried.update(new)
+        times |= time(new)
+        fastest = min(times, key=times.__getitem__, default=best)
+        if fastest == best or not new:
+            return times
+        best = fastest
 
 
 def tune(
@@ -118,40 +148,44 @@ def tune(
     problem: Problem,
     device: torch.device,
     candidates: Sequence[Config] | None = None,
-    progress: Callable[[], None] = lambda: None,
+    processes: Processes | None = None,
 ) -> Entry:
-    """Run every candidate: check it by the reference, time it, and let the best take turns with the formula's.
+    """Check candidates by the reference, time them, and let the best take turns with the formula's configuration.
 
     Args:
-        candidates: Instead of all of the space.
-        progress: Called after each candidate.
+        candidates: All to try; None searches from the formula's configuration to ever faster :func:`neighbours`.
+        processes: To compile candidates in, all of a round at once; those that spill more than the formula's or do not fit
+            are not timed. None compiles each when it is run.
 
     Raises:
         NothingRuns: No candidate ran and agreed with the reference.
         torch.OutOfMemoryError: The operands do not fit.
     """
-    candidates = space.candidates(problem) if candidates is None else candidates
     formula = space.formula(problem)
     with _own_random_numbers(device):
         call = call_of(space, problem, device)
     with backend("reference"), torch.autocast(device.type, enabled=False):  # which would round its products
         expected = tensors(call())
+    given = 0
 
     def times(config: Config) -> list[float]:
         with forced(space, config), backend("kernel"):
             return microseconds(call, device)
 
-    ranked: list[tuple[float, int, Config]] = []
-    for i, config in enumerate(candidates):
-        for runnable in _runnable(space, [config], call, expected):
-            ranked.append((median(times(runnable)), i, runnable))
-        progress()
+    def time_each(configs: Sequence[Config]) -> dict[Config, float]:
+        nonlocal given
+        given += len(configs)
+        if processes is not None and problem.hardware.target in TARGETS:
+            configs = worth_timing(space, problem, configs, processes)
+        return {config: median(times(config)) for config in configs if _runs(space, config, call, expected)}
+
+    ranked = _search(space, problem, time_each) if candidates is None else time_each(candidates)
     if not ranked:
         raise NothingRuns(
-            f"{space.op}, {space.key(problem)}: none of {len(candidates)} configurations ran and agreed with the reference"
+            f"{space.op}, {space.key(problem)}: none of {given} configurations ran and agreed with the reference"
         )
-    finalists = [config for _, _, config in sorted(ranked)[:FINALISTS]]
-    if formula not in finalists and any(config == formula for _, _, config in ranked):
+    finalists = sorted(ranked, key=ranked.__getitem__)[:FINALISTS]
+    if formula not in finalists and formula in ranked:
         finalists.append(formula)
     taken: list[list[float]] = [[] for _ in finalists]
     for _ in range(ROUNDS):

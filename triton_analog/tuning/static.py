@@ -16,14 +16,13 @@ from typing import Any
 import torch
 import triton
 
-from triton_analog import launch
 from triton_analog.launch import Hardware, has_wide_tiles
-from triton_analog.tuning.cases import Call, call_of
+from triton_analog.tuning.compiling import Kernel, compile_kernel, launch_of, recorded_call
 from triton_analog.tuning.fingerprint import code_hash, space_hash
-from triton_analog.tuning.inspect import TARGETS, Launch, compile_launch, measure, run_in_processes
 from triton_analog.tuning.model import GPUS, Compiled, gpus_of, microseconds, work_of
+from triton_analog.tuning.processes import Processes
 from triton_analog.tuning.shapes import ROWS, Layer, problems
-from triton_analog.tuning.space import Problem, Space, as_values, forced, spaces
+from triton_analog.tuning.space import Problem, Space, as_values
 from triton_analog.tuning.store import Entry, Key
 
 __all__ = ["GPUS", "gpus_of", "static_sweep"]
@@ -46,7 +45,7 @@ FEWEST_ROWS = 64
 amount the model does not know."""
 
 CHUNK = 64
-"""Kernels that are compiled before the next operation is looked at: new processes take some seconds to start."""
+"""Kernels that are compiled before the next problem is looked at."""
 
 
 # ---- What to compile ----------------------------------------------------------------------------------------------------
@@ -88,13 +87,10 @@ def candidates(space: Space[Any], problem: Problem) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """Something to compile. Its code depends on the sizes through ``options``, else only through what Triton asks of integer
-    arguments (whether they are 1, or multiples of 16): any problem's kernel serves all that have its name."""
+class Named(Kernel):
+    """A kernel whose code depends on the sizes through ``options``, else only through what Triton asks of integer arguments
+    (whether they are 1, or multiples of 16): any problem's kernel serves all that have its name."""
 
-    op: str
-    problem: Problem
-    config: Any
     options: tuple[tuple[str, Any], ...]
 
     @property
@@ -103,33 +99,16 @@ class Kernel:
         return self.op, self.problem.hardware.target, self.problem.dtype, self.problem.flags, self.options
 
 
-def _launch(space: Space[Any], hardware: Hardware, config: Any, call: Call) -> Launch:
-    """The launch that ``config`` configures, of those that ``call`` makes; none is started."""
-    launches: list[Launch] = []
-    with (
-        launch.backend("kernel"),
-        forced(space, config),
-        launch.recording(lambda *launched: launches.append(Launch(*launched)), TARGETS[hardware.target], hardware.name),
-    ):
-        call()
-    kernel = "moments_kernel" if space.op == "std" else f"{space.op}_kernel"
-    return next(launched for launched in launches if launched.kernel.__name__ == kernel)
-
-
-def _call(space: Space[Any], problem: Problem) -> Call:
-    return call_of(space, problem, torch.device("cpu"), filled=False)
-
-
-def _plan(space: Space[Any], problem: Problem) -> list[Kernel]:
+def _plan(space: Space[Any], problem: Problem) -> list[Named]:
     """A kernel for each candidate."""
-    call, hardware = _call(space, problem), problem.hardware
+    call, hardware = recorded_call(space, problem), problem.hardware
     return [
-        Kernel(space.op, problem, config, tuple(sorted(_launch(space, hardware, config, call).options.items())))
+        Named(space.op, problem, config, tuple(sorted(launch_of(space, hardware, config, call).options.items())))
         for config in candidates(space, problem)
     ]
 
 
-def _unmasked(kernel: Kernel) -> Kernel:
+def _unmasked(kernel: Named) -> Named:
     """The same without a saturation mask: as saturation is rare, what runs of a masked gradient is this."""
     if kernel.op not in ("matmul_dgrad", "matmul_wgrad"):
         return kernel
@@ -138,18 +117,11 @@ def _unmasked(kernel: Kernel) -> Kernel:
     return replace(kernel, problem=kernel.problem._replace(flags=flags), options=options)
 
 
-def _compile(kernel: Kernel) -> Compiled:
-    """For a process of its own."""
-    space, hardware = spaces()[kernel.op], kernel.problem.hardware
-    launched = _launch(space, hardware, kernel.config, _call(space, kernel.problem))
-    return Compiled(**measure(compile_launch(launched, hardware.target), hardware.target))
-
-
 _compiled: dict[tuple[Any, ...], Compiled | BaseException] = {}
 """By a kernel's name: GPUs of one architecture share them."""
 
 
-def _numbers(kernel: Kernel) -> Compiled | None:
+def _numbers(kernel: Named) -> Compiled | None:
     """Of a kernel that was compiled; None if it could not be or does not fit the GPU."""
     whole, running = _compiled[kernel.name], _compiled[_unmasked(kernel).name]
     if not isinstance(whole, Compiled) or not isinstance(running, Compiled) or whole.occupancy == 0:
@@ -176,7 +148,7 @@ def _source(space: Space[Any], gpu: str) -> dict[str, str | int]:
     }
 
 
-def _entry(space: Space[Any], problem: Problem, kernels: Sequence[Kernel]) -> Entry | None:
+def _entry(space: Space[Any], problem: Problem, kernels: Sequence[Named]) -> Entry | None:
     """The best of the kernels that spill no more than the formula's, which is the first; None if that one does not run."""
     gpu = GPUS[problem.hardware.name]
     formula = _numbers(kernels[0])
@@ -248,13 +220,14 @@ def static_sweep(
     done = 0
     if progress is not None and missing:
         progress(done, len(missing))
-    for space, problem, kernels in plans:
-        while any(k.name not in _compiled for kernel in kernels for k in (kernel, _unmasked(kernel))):
-            chunk = missing[done : done + CHUNK]
-            _compiled.update(zip((k.name for k in chunk), run_in_processes(_compile, chunk, jobs), strict=True))
-            done += len(chunk)
-            if progress is not None:
-                progress(done, len(missing))
-        entry = _entry(space, problem, kernels)
-        if entry is not None:
-            yield space, entry
+    with Processes(jobs) as processes:
+        for space, problem, kernels in plans:
+            while any(k.name not in _compiled for kernel in kernels for k in (kernel, _unmasked(kernel))):
+                chunk = missing[done : done + CHUNK]
+                _compiled.update(zip((k.name for k in chunk), processes.map(compile_kernel, chunk), strict=True))
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, len(missing))
+            entry = _entry(space, problem, kernels)
+            if entry is not None:
+                yield space, entry

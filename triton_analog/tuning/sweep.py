@@ -22,6 +22,7 @@ from triton_analog.launch import Hardware, hardware
 from triton_analog.tuning import store
 from triton_analog.tuning.fingerprint import is_stale
 from triton_analog.tuning.measure import NothingRuns, tune
+from triton_analog.tuning.processes import Processes
 from triton_analog.tuning.space import Problem, spaces
 from triton_analog.tuning.store import Entry, Key, Table
 
@@ -79,38 +80,44 @@ def share(jobs: Sequence[Job]) -> list[Job]:
     return list(jobs[rank::world])
 
 
-def _run(job: Job, device: torch.device) -> Done:
+def _run(job: Job, device: torch.device, exhaustive: bool, processes: Processes) -> Done:
     space, here = spaces()[job.op], hardware(device)
+    problem = space.problem(here, job.key)
+    candidates = space.candidates(problem) if exhaustive else None
     try:
-        return Done(job, here, tune(space, space.problem(here, job.key), device))
+        return Done(job, here, tune(space, problem, device, candidates, processes))
     except (NothingRuns, torch.OutOfMemoryError) as error:
         return Done(job, here, None, str(error))
 
 
 _own_device: torch.device | None = None
+_own_processes: Processes | None = None
 
 
-def _take_device(free: Any) -> None:
-    global _own_device
-    _own_device = free.get()
+def _take_device(free: Any, compilers: int) -> None:
+    global _own_device, _own_processes
+    _own_device, _own_processes = free.get(), Processes(compilers)
 
 
-def _run_on_own_device(job: Job) -> Done:
+def _run_on_own_device(job: Job, exhaustive: bool) -> Done:
     assert _own_device is not None
-    return _run(job, _own_device)
+    assert _own_processes is not None
+    return _run(job, _own_device, exhaustive, _own_processes)
 
 
-def _results(jobs: Sequence[Job], on: Sequence[torch.device]) -> Iterator[Done]:
+def _results(jobs: Sequence[Job], on: Sequence[torch.device], exhaustive: bool) -> Iterator[Done]:
+    compilers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", len(on))))
     if len(on) == 1:
-        for job in jobs:
-            yield _run(job, on[0])
+        with Processes(compilers) as processes:
+            for job in jobs:
+                yield _run(job, on[0], exhaustive, processes)
         return
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     free = context.Queue()
     for device in on:
         free.put(device)
-    with ProcessPoolExecutor(len(on), mp_context=context, initializer=_take_device, initargs=(free,)) as pool:
-        futures = [pool.submit(_run_on_own_device, job) for job in jobs]
+    with ProcessPoolExecutor(len(on), mp_context=context, initializer=_take_device, initargs=(free, compilers)) as pool:
+        futures = [pool.submit(_run_on_own_device, job, exhaustive) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -123,14 +130,17 @@ def sweep(
     directory: Path,
     on: Sequence[torch.device],
     progress: Callable[[Done], None] = lambda done: None,
+    exhaustive: bool = False,
 ) -> list[Done]:
     """Tune ``jobs`` on the devices ``on`` (of one kind), one process each, and add every result to ``directory`` at once.
+
+    ``exhaustive``: Try every candidate instead of searching (:func:`triton_analog.tuning.measure.tune`).
 
     Raises:
         OSError: A result could not be written; those before it were.
     """
     results = []
-    for done in _results(jobs, on):
+    for done in _results(jobs, on, exhaustive):
         if done.entry is not None:
             store.add(directory, done.table)
         results.append(done)

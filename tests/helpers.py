@@ -111,17 +111,24 @@ def masks_of(saturated: list[tuple[Any, ...]], device: torch.device) -> tuple[Te
 # ---- Tolerance ------------------------------------------------------------------------------------------------------
 
 FLOOR = 2.0**-22
-"""Error granted beyond plain torch's, as a share of the largest magnitude: two units in the last place of fp32."""
+"""Error granted beyond plain torch's, as a share of the largest magnitude: two units in the last place of fp32, or four
+roundings. It also holds for a sum of up to 16 terms, one after the other; errors of longer ones grow with the root."""
 TIE = 1e-4
 """A value this close to half a step may be rounded either way."""
 
 
 def assert_accurate(
-    actual: Tensor, truth: Tensor, plain: Tensor, slack: Tensor | float = 0.0, size: Tensor | float | None = None
+    actual: Tensor,
+    truth: Tensor,
+    plain: Tensor,
+    slack: Tensor | float = 0.0,
+    size: Tensor | float | None = None,
+    terms: int = 16,
 ) -> None:
     """``actual`` is at most twice as far from the fp64 ``truth`` as plain torch in the same dtype, plus :data:`FLOOR`.
 
     The floor is relative to the largest of ``truth``, or to ``size``: the magnitudes behind a sum whose terms cancel.
+    ``terms``: how many of them the sum has where plain torch's is blocked, and the kernel's on a GPU in fp32 is not.
     ``slack`` is what a rounding decided the other way at a tie would move, 0 elsewhere; no more than one element in a
     thousand may need it. NaN is where it is in ``truth``.
     """
@@ -133,7 +140,7 @@ def assert_accurate(
     slack = torch.as_tensor(slack, device=truth.device).expand_as(truth)
     truth, actual, plain = (t.double().nan_to_num(nan=0.0) for t in (truth, actual, plain))
     plain_error = (plain - truth).abs().where(slack == 0, 0.0).max()
-    limit = 2 * plain_error + FLOOR * (truth.abs().max() if size is None else size)
+    limit = 2 * plain_error + FLOOR * max(1, (terms / 16) ** 0.5) * (truth.abs().max() if size is None else size)
     error = (actual - truth).abs()
     flipped = error > limit
     assert (error <= limit + slack * (1 + 2.0**-8)).all(), f"error {error.max():.3g}, allowed {limit:.3g}"

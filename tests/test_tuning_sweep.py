@@ -254,7 +254,9 @@ def compiled(spilled: int = 0, occupancy: int = 2) -> Compiled:
 
 
 @pytest.mark.parametrize("spills", [0, 8], ids=["a formula without spills", "a formula that spills"])
-def test_what_spills_more_than_the_formulas_or_does_not_fit_is_not_timed(device, candidates, timed, monkeypatch, spills):
+def test_what_spills_more_than_the_formulas_or_does_not_fit_is_not_timed(
+    device, candidates, timed, monkeypatch, spills
+):
     first, a, b, c = candidates
     problem = Problem(Hardware("", "sm_90", 90), torch.float32, (16, 16))
     assert NOISE.candidates(problem) == candidates

@@ -101,6 +101,7 @@ def _fits(problem: Problem, config: MatmulConfig) -> bool:
         and covers(config.BLOCK_N, columns, 64)
         and covers(config.BLOCK_K, width, 32 if size == 1 else 16)
         and (row_bytes in (64, 128) or config.BLOCK_K >= width)
+        and (size > 1 or config.BLOCK_K >= 32)  # what NVIDIA's integer products take
         and operands_fit(problem.hardware, config.BLOCK_M + config.BLOCK_N, row_bytes, config.num_stages)
         and outputs <= (64 if per_slice else 128)  # a second accumulator holds the sum over slices
         and (config.PARTS == 1 or ((per_slice or noise) and part >= 32 and not (per_slice and config.PARTS > 2)))
@@ -371,10 +372,6 @@ def launch_matmul(
     dynamic = input_range is not None and input_range.ndim == 2
     config = config or choose(
         SPACE, x.device, weight.dtype, (M, N, triton.cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
-    )
-    check.require(  # with less, Triton 3.6 packed a wrong mask on Hopper
-        out_bound <= 0 or (config.BLOCK_M >= 32 and config.BLOCK_N >= 64),
-        lambda: f"config: got tiles of {config.BLOCK_M} x {config.BLOCK_N}; with a bound at least 32 x 64 are needed",
     )
     width = triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K) * config.BLOCK_K
     convert = ranged and not config.PREPARED and not int8

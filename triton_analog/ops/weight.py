@@ -98,7 +98,10 @@ def modify(
     elif CLAMP:
         w = clamp(w, quant_scale)
     if NOISE:
-        w += (std_dev * noise_scale) * normal_tile(tl.load(seed_ptr), n, k, 0, WEIGHT_STREAM, BLOCK_N, BLOCK_K)
+        z = normal_tile(tl.load(seed_ptr), n, k, 0, WEIGHT_STREAM, BLOCK_N, BLOCK_K)
+        w = tl.fma(
+            (std_dev * noise_scale) + tl.zeros_like(z), z, w
+        )  # by name: which product the compiler fuses may change
     return w
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,15 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _nvidia_driver() -> str:
+    """Its version; it comes with the tool that tells."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def _machine(problem: Problem, device: torch.device) -> dict[str, str | int]:
     if device.type != "cuda":
         return {"processor": platform.processor() or platform.machine()}
@@ -85,7 +95,7 @@ def _machine(problem: Problem, device: torch.device) -> dict[str, str | int]:
         "runtime": str(torch.version.cuda or torch.version.hip),
     }
     if problem.hardware.capability:
-        facts["driver"] = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        facts["driver"] = _nvidia_driver()
         facts["ptxas"] = get_ptxas_version(problem.hardware.capability).split()[-1]
     return facts
 

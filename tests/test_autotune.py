@@ -364,7 +364,7 @@ def test_a_newer_versions_file_is_left_as_it_is(places, tuner):
 # ---- Ranks ----------------------------------------------------------------------------------------------------------------
 
 RANKS = 2
-BY_FIRST, BY_SECOND, AT_ONCE, KNOWN, OVERRULED, OWN_KIND = (16 * 2**i for i in range(6))
+BY_FIRST, BY_SECOND, AT_ONCE, KNOWN, OVERRULED, FAILING, OWN_KIND = (16 * 2**i for i in range(7))
 """Problems by their numbers of rows."""
 
 
@@ -390,6 +390,8 @@ def one_rank(rank: int, port: int, folder: Path) -> None:
         rows = problem.sizes[0]
         asked.append(rows)
         time.sleep(0.3)
+        if rows == FAILING:
+            raise RuntimeError("no memory")
         return entry(problem, NOISE.candidates(problem)[1 + rank])
 
     autotune.tune = tune
@@ -404,15 +406,18 @@ def one_rank(rank: int, port: int, folder: Path) -> None:
         return as_values(config)
 
     results: dict[int, Any] = {}
-    for rows, first in ((BY_FIRST, 0), (BY_SECOND, 1), (KNOWN, 1), (OVERRULED, 0)):
-        results[rows] = meet(rows, first)
-    dist.barrier()
-    results[AT_ONCE] = as_values(used(AT_ONCE))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for rows, first in ((BY_FIRST, 0), (BY_SECOND, 1), (KNOWN, 1), (OVERRULED, 0), (FAILING, 0)):
+            results[rows] = meet(rows, first)
+        dist.barrier()
+        results[AT_ONCE] = as_values(used(AT_ONCE))
 
-    on = problem(OWN_KIND, on=Hardware(f"kind {rank}", "cpu", 0))
-    results[OWN_KIND] = as_values(settle(NOISE, on, CPU, None))
+        on = problem(OWN_KIND, on=Hardware(f"kind {rank}", "cpu", 0))
+        results[OWN_KIND] = as_values(settle(NOISE, on, CPU, NOISE.formula(on), measured=False))
 
-    text = json.dumps({"asked": asked, "used": results})
+    failures = [str(one.message) for one in warned if issubclass(one.category, TuningWarning)]
+    text = json.dumps({"asked": asked, "used": results, "failures": failures})
     (folder / f"{rank}.json").write_text(text)
     dist.barrier()
     dist.destroy_process_group()
@@ -454,6 +459,14 @@ def test_an_entry_of_the_first_rank_is_used_by_all_and_nothing_is_tuned(ranks):
 def test_a_rank_with_an_entry_follows_one_that_came_before_it(ranks):
     assert askers(ranks, OVERRULED) == [0]
     assert [one.used[OVERRULED] for one in ranks] == [tuned_by(0, OVERRULED)] * RANKS
+
+
+def test_a_failure_is_not_repeated_by_the_other_ranks(ranks):
+    """Nor do they use anything else: the second one has entries of similar problems, which it would use on its own."""
+    assert askers(ranks, FAILING) == [0]
+    formula = as_values(NOISE.formula(problem(FAILING)))
+    assert [one.used[FAILING] for one in ranks] == [formula] * RANKS
+    assert [one.failures for one in ranks] == [["noise was not tuned: no memory"], []]
 
 
 def test_ranks_on_other_gpus_tune_for_themselves(ranks):

@@ -65,8 +65,8 @@ PATIENCE = timedelta(days=1)
 """With a rank that tunes, instead of the minutes that the job allows its collectives. If it dies, the launcher ends all."""
 
 
-def _agreed(space: Space[Config], problem: Problem, find: Callable[[], Config | None]) -> Config | None:
-    """What the first rank to get here finds: the others take it.
+def _agreed(space: Space[Config], problem: Problem, find: Callable[[], Config]) -> Config | None:
+    """What the first rank to get here finds: the others take it. None if it was interrupted.
 
     They wait for nothing but that rank's tuning, so ranks that do different work (pipelines) do not block each other.
     """
@@ -91,12 +91,12 @@ def can_tune() -> bool:
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def settle(space: Space[Config], problem: Problem, device: torch.device, known: Config | None) -> Config | None:
-    """The best configuration of a problem: ``known``, or measured here and now and kept in the user's files. None if that
-    failed. The ranks of a distributed job settle on the same one."""
+def settle(space: Space[Config], problem: Problem, device: torch.device, found: Config, measured: bool) -> Config:
+    """The best configuration of a problem: ``found`` if it was measured, or measured here and now and kept in the user's
+    files; ``found`` again if that failed. The ranks of a distributed job settle on the same one."""
 
-    def find() -> Config | None:
-        return known or _tuned(space, problem, device)
+    def find() -> Config:
+        return found if measured else _tuned(space, problem, device) or found
 
     together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    return _agreed(space, problem, find) if together else find()
+    return (_agreed(space, problem, find) or found) if together else find()

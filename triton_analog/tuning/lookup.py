@@ -90,7 +90,7 @@ def _choose(space: Space[Config], problem: Problem, device: torch.device | None)
     from triton_analog.tuning.autotune import settle  # which imports the operations, and they this
 
     measured = choice.level == "exact" and choice.entry is not None and choice.entry.origin == "measured"
-    return settle(space, problem, device, choice.config if measured else None) or choice.config
+    return settle(space, problem, device, choice.config, measured)
 
 
 @cache

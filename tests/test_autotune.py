@@ -364,7 +364,7 @@ def test_a_newer_versions_file_is_left_as_it_is(places, tuner):
 # ---- Ranks ----------------------------------------------------------------------------------------------------------------
 
 RANKS = 2
-BY_FIRST, BY_SECOND, AT_ONCE, KNOWN, OVERRULED, FAILING, OWN_KIND = (16 * 2**i for i in range(7))
+BY_FIRST, BY_SECOND, AT_ONCE, IN_THREADS, KNOWN, OVERRULED, FAILING, OWN_KIND = (16 * 2**i for i in range(8))
 """Problems by their numbers of rows."""
 
 
@@ -416,9 +416,19 @@ def one_rank(rank: int, port: int, folder: Path) -> None:
         on = problem(OWN_KIND, on=Hardware(f"kind {rank}", "cpu", 0))
         results[OWN_KIND] = as_values(settle(NOISE, on, CPU, NOISE.formula(on), measured=False))
 
+        dist.barrier()
+        results[IN_THREADS] = []
+        work = [lambda: results[IN_THREADS].append(as_values(used(IN_THREADS)))] * 2
+        threads = [threading.Thread(target=each, daemon=True) for each in work]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
     failures = [str(one.message) for one in warned if issubclass(one.category, TuningWarning)]
     text = json.dumps({"asked": asked, "used": results, "failures": failures})
     (folder / f"{rank}.json").write_text(text)
+    if any(thread.is_alive() for thread in threads):
+        os._exit(0)  # the test says what is missing
     dist.barrier()
     dist.destroy_process_group()
 
@@ -449,6 +459,11 @@ def test_the_first_rank_to_meet_a_problem_decides_for_all(rows, first, ranks):
 def test_ranks_that_meet_a_problem_at_once_agree(ranks):
     (first,) = askers(ranks, AT_ONCE)
     assert [one.used[AT_ONCE] for one in ranks] == [tuned_by(first, AT_ONCE)] * RANKS
+
+
+def test_threads_of_ranks_agree_and_do_not_block_each_other(ranks):
+    (first,) = askers(ranks, IN_THREADS)
+    assert [one.used[IN_THREADS] for one in ranks] == [[tuned_by(first, IN_THREADS)] * 2] * RANKS
 
 
 def test_an_entry_of_the_first_rank_is_used_by_all_and_nothing_is_tuned(ranks):

@@ -54,10 +54,9 @@ _found: dict[tuple[str, Hardware, Key], Entry | None] = {}
 
 def _tuned(space: Space[Config], problem: Problem, device: torch.device) -> Config | None:
     name = space.op, problem.hardware, space.key(problem)
-    with _one_at_a_time:  # the backward runs in threads
-        if name not in _found:
-            _found[name] = _tune_and_keep(space, problem, device)
-        entry = _found[name]
+    if name not in _found:
+        _found[name] = _tune_and_keep(space, problem, device)
+    entry = _found[name]
     return None if entry is None else space.accepts(problem, entry.config)
 
 
@@ -99,4 +98,5 @@ def settle(space: Space[Config], problem: Problem, device: torch.device, found: 
         return found if measured else _tuned(space, problem, device) or found
 
     together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    return (_agreed(space, problem, find) or found) if together else find()
+    with _one_at_a_time:  # the backward runs in threads, and one that waits for a rank blocks the board for the others
+        return (_agreed(space, problem, find) or found) if together else find()

@@ -255,6 +255,15 @@ def test_show_has_a_line_for_each_problem(places, capsys):
     assert lines[1][3] == "noise"
 
 
+def test_names_are_shown_as_they_are(places, capsys, tmp_path, monkeypatch):
+    """Brackets and colons mean something to the package that draws the tables."""
+    directory = tmp_path / "[bold]results[old]:smile:"
+    monkeypatch.setenv(environment.TUNING_DIR, str(directory))
+    path = keep(directory)
+    (line,) = show(capsys, "--gpu", H200, "--rows", "4096")
+    assert line[-1] == str(path)
+
+
 def test_show_measures_nothing_and_writes_nothing(places, tmp_path, monkeypatch, capsys):
     def fail(*arguments: Any) -> None:
         raise AssertionError("measured")

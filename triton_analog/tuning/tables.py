@@ -32,9 +32,11 @@ REPORT_COLUMNS = {
 
 
 def console(stderr: bool = False) -> Console:
-    """As wide as it has to be where the output is not a terminal: a file or a pipe cuts nothing off."""
+    """As wide as it has to be where the output is not a terminal: a file or a pipe cuts nothing off. Text is printed as it
+    is: a file's name may hold brackets and colons."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 10_000, highlight=False)
+    width = None if stream.isatty() else 10_000
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def _print(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

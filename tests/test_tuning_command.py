@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -100,8 +101,12 @@ WRONG = {
     "sweep --jobs 2": ["--jobs", "go with --static"],
     "sweep --static": ["--static", "--target", "--gpu"],
     "sweep --static --target sm_1": ["argument --target", "'sm_1'", "sm_90"],
+    "sweep --static --target sm_86": ["argument --target", "'sm_86'", "sm_90"],
     "sweep --static --gpu H200": ["argument --gpu", "'H200'", H200],
+    "sweep --static --target sm_90 --gpu A100": ["--gpu"],
     "sweep --static --target sm_90 --jobs 0": ["argument --jobs", "'0'"],
+    "sweep --static --target sm_90 --again": ["--again", "measured"],
+    "sweep --static --target sm_90 --dtype fp32": ["--dtype", "fp32", "bf16 and fp16"],
     "show --gpu H200": ["--gpu", "'H200'", H200, "--target"],
     "show --target sm_1": ["argument --target", "'sm_1'", *TARGETS],
     "check missing": ["directories", "missing is not a folder"],
@@ -127,7 +132,16 @@ def test_a_wrong_argument_is_named_with_what_is_allowed_and_no_file_is_touched(a
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("arguments", ["inspect --target sm_90"])
+def test_a_gpu_and_another_architecture_contradict_each_other(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["show", "--gpu", H200, "--target", "sm_80"])
+    assert capsys.readouterr().err.endswith("error: --target: got sm_80; NVIDIA H200 is sm_90\n")
+    with pytest.raises(SystemExit):
+        command.main(["sweep", "--static", "--gpu", H200, "--target", "sm_80"])
+    assert "argument --target: not allowed with argument --gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", ["inspect --target sm_90", "sweep --static --target sm_90 --op dac"])
 def test_what_compiles_refuses_the_interpreter(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     try:
@@ -465,7 +479,7 @@ def test_kernels_are_inspected_without_a_gpu():
 
 @pytest.mark.timeout(300)
 def test_a_static_sweep_ranks_for_gpus_that_are_not_there(tmp_path):
-    problem = ["--op", "dac", "--shapes", "64x16", "--rows", "16"]
+    problem = ["--op", "dac", "--shapes", "64x16", "--rows", "16", "--slice", "16", "--flags", "dynamic"]
     sweep = start(
         "sweep", "--static", "--target", "sm_90", *problem, "--jobs", "1", "--into", str(tmp_path), interpreter=False
     )
@@ -473,9 +487,64 @@ def test_a_static_sweep_ranks_for_gpus_that_are_not_there(tmp_path):
     assert sweep.returncode == 0, errors
     for gpu in gpus_of("sm_90"):
         (found,) = entries_in(store.table_path(tmp_path, gpu, "dac"))
-        asked = Problem(Hardware(gpu, "sm_90", 90), torch.bfloat16, (16, 64), (False,))
+        asked = Problem(Hardware(gpu, "sm_90", 90), torch.bfloat16, (16, 16), (True,))
         assert found.key == DAC.key(asked)
         assert DAC.accepts(asked, found.config) is not None
         assert found.origin == "model"
         assert found.source["multiprocessors"] == GPUS[gpu].multiprocessors
     assert len([line for line in output.splitlines() if line.startswith("dac ") and " model " in line]) == 2
+
+
+# ---- The static sweep's options and failures --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ranked(monkeypatch):
+    """The static sweep without a compiler: what it was asked for, and entries of these rows."""
+    asked = SimpleNamespace(calls=[], rows=[16, 64], then=None)
+
+    def static_sweep(gpu, chosen, layers, rows, dtypes, max_input_size, on, jobs, progress):
+        asked.calls.append((gpu, [space.op for space in chosen], layers, rows, dtypes, max_input_size, on, jobs))
+        for number in asked.rows:
+            yield DAC, entry(number, origin="model")
+        if asked.then is not None:
+            raise asked.then
+
+    monkeypatch.setattr(command, "static_sweep", static_sweep)
+    return asked
+
+
+def test_options_reach_the_static_sweep(ranked, tmp_path, capsys):
+    options = "--op dac --shapes 64x32 --rows 16 --dtype fp16 --slice 32 --flags dynamic --jobs 3"
+    gpus = ["NVIDIA L40S", "AMD Instinct MI300X"]
+    chosen = [argument for gpu in gpus for argument in ("--gpu", gpu)]
+    assert command.main(["sweep", "--static", *options.split(), *chosen, "--into", str(tmp_path)]) == 0
+    assert ranked.calls == [(gpu, ["dac"], [(64, 32)], [16], [torch.float16], 32, ["dynamic"], 3) for gpu in gpus]
+    for gpu in gpus:
+        table = store.read(store.table_path(tmp_path, gpu, "dac"))
+        assert table.target == GPUS[gpu].target
+        assert [one.origin for one in table.entries] == ["model", "model"]
+    assert capsys.readouterr().out.count("dac ") == 4
+
+
+def test_a_static_sweep_does_not_replace_what_was_measured(ranked, places):
+    path = keep(places.own, entry(16, TWO))
+    assert command.main(["sweep", "--static", "--gpu", H200]) == 0
+    assert entries_in(path) == [entry(16, TWO), entry(64, origin="model")]
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; what was ranked is in "),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: [Errno 28] No space left on device; what was ranked"),
+    ],
+    ids=["interrupted", "a full disk"],
+)  # fmt: skip
+def test_a_static_sweep_that_stops_keeps_what_came_before(raised, status, message, ranked, places, capsys):
+    ranked.then = raised
+    assert command.main(["sweep", "--static", "--gpu", H200]) == status
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(message)
+    assert str(places.own) in last
+    assert len(entries_in(store.table_path(places.own, H200, "dac"))) == 2

@@ -29,6 +29,8 @@ from triton_analog.tuning.sweep import Done, devices, job_of, measured_before, s
 
 KNOWN_FLAGS = sorted({flag for space in spaces().values() for flag in space.flags} - {"aligned", "wide_loads"})
 """Without those that follow from a layer's shape."""
+KNOWN_TARGETS = [target for target in TARGETS if gpus_of(target)]
+"""Of the GPUs that the model knows."""
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------------------------
@@ -93,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--static", action="store_true", help="rank by the compiler's numbers and a model; needs no GPU"
     )
-    command.add_argument("--target", choices=TARGETS, help="with --static: all known GPUs of an architecture")
-    command.add_argument("--gpu", action="append", choices=list(GPUS), help="with --static; may be given several times")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--target", choices=KNOWN_TARGETS, help="with --static: all known GPUs of an architecture")
+    which.add_argument("--gpu", action="append", choices=list(GPUS), help="with --static; may be given several times")
     command.add_argument("--jobs", type=_positive, help="with --static: processes that compile (default: all CPUs)")
 
     command = commands.add_parser("show", help="what would be used for a shape, and why")
@@ -187,8 +190,9 @@ def _ranked(gpu: str, directory: Path, options: argparse.Namespace) -> list[tupl
     with _progress() as progress:
         task = progress.add_task(gpu, total=None)
         for space, entry in static_sweep(
-            gpu, chosen, _layers(options), options.rows, dtypes, options.jobs or os.cpu_count() or 1,
-            lambda done, total: progress.update(task, completed=done, total=total),
+            gpu, chosen, _layers(options), options.rows, dtypes, options.slice, options.flags,
+            jobs=options.jobs or os.cpu_count() or 1,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
         ):  # fmt: skip
             store.add(directory, store.Table(space.op, gpu, GPUS[gpu].target, (entry,)))
             found.append((space.op, entry))
@@ -197,15 +201,25 @@ def _ranked(gpu: str, directory: Path, options: argparse.Namespace) -> list[tupl
 
 def _static_sweep(options: argparse.Namespace) -> int:
     directory = options.into or results_directory()
-    for gpu in options.gpu or gpus_of(options.target):
-        tables.print_gains(_ranked(gpu, directory, options))
+    try:
+        for gpu in options.gpu or gpus_of(options.target):
+            tables.print_gains(_ranked(gpu, directory, options))
+    except KeyboardInterrupt:
+        print(f"stopped; what was ranked is in {directory}", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}; what was ranked before is in {directory}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _shown_hardware(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Hardware:
     if options.gpu is None and options.target is None:
         return hardware(devices()[0])
-    target = options.target or (GPUS[options.gpu].target if options.gpu in GPUS else None)
+    known = GPUS[options.gpu].target if options.gpu in GPUS else None
+    target = options.target or known
+    if known not in (None, target):
+        parser.error(f"--target: got {target}; {options.gpu} is {known}")
     if target is None:
         parser.error(f"--gpu: {options.gpu!r} is not one of {', '.join(GPUS)}; give its --target too")
     return Hardware(options.gpu or "", target, int(target[3:]) if target.startswith("sm_") else 0)
@@ -279,6 +293,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "sweep":
         if not (options.target or options.gpu):
             parser.error("--static: give a --target or a --gpu")
+        if options.again:
+            parser.error("--again goes with a measured sweep; a static one ranks everything anew")
+        if "fp32" in (options.dtype or ()):
+            parser.error("--dtype: got fp32; the model behind --static knows bf16 and fp16")
         return _static_sweep(options)
     if options.command == "show":
         return _show(options, parser)

@@ -21,7 +21,7 @@ from triton_analog.tuning.compiling import Kernel, compile_kernel, launch_of, re
 from triton_analog.tuning.fingerprint import code_hash, space_hash
 from triton_analog.tuning.model import GPUS, Compiled, gpus_of, microseconds, work_of
 from triton_analog.tuning.processes import Processes
-from triton_analog.tuning.shapes import ROWS, Layer, problems
+from triton_analog.tuning.shapes import ROWS, SLICE, Layer, problems
 from triton_analog.tuning.space import Problem, Space, as_values
 from triton_analog.tuning.store import Entry, Key
 
@@ -175,6 +175,8 @@ def static_sweep(
     layers: Sequence[Layer],
     rows: Sequence[int] = ROWS,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
+    max_input_size: int = SLICE,
+    on: Sequence[str] | None = None,
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
     skip: Callable[[Space[Any], Key, str], bool] | None = None,
@@ -187,7 +189,7 @@ def static_sweep(
     Args:
         gpu: Of ``GPUS``.
         spaces: The operations.
-        layers, rows: What :func:`triton_analog.tuning.shapes.problems` makes problems of.
+        layers, rows, max_input_size, on: What :func:`triton_analog.tuning.shapes.problems` makes problems of.
         dtypes: bfloat16 and float16.
         jobs: Processes that compile.
         progress: Called with the kernels that were compiled and all that are to be.
@@ -212,7 +214,7 @@ def static_sweep(
     plans = [
         (space, problem, _plan(space, problem))
         for space in spaces
-        for problem in problems(space, hardware, layers, rows, dtypes)
+        for problem in problems(space, hardware, layers, rows, dtypes, max_input_size, on)
         if skip is None or not skip(space, space.key(problem), gpu)
     ]
     needed = {k.name: k for *_, kernels in plans for kernel in kernels for k in (kernel, _unmasked(kernel))}

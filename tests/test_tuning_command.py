@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,7 +164,7 @@ def test_without_rich_the_command_says_what_to_install(monkeypatch):
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[sweeping.Job]:
+def asked(monkeypatch) -> Iterator[list[sweeping.Job]]:
     """What a measured sweep tunes, which takes no time."""
     jobs = []
 

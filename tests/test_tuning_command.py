@@ -389,6 +389,9 @@ def test_a_file_that_cannot_be_merged_is_an_error_that_leaves_the_others(tmp_pat
     elsewhere = keep(tmp_path / "elsewhere", target="sm_80")
     good = keep(tmp_path / "good", entry(16))
 
+    assert [merge(bad, into=into) for bad in (missing, damaged, elsewhere)] == [1, 1, 1]
+    assert entries_in(path) == [entry(4096)]
+    capsys.readouterr()
     assert merge(missing, damaged, elsewhere, good, into=into) == 1
     assert entries_in(path) == [entry(16), entry(4096)]
     printed = capsys.readouterr()

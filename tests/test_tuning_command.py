@@ -168,7 +168,7 @@ def asked(monkeypatch) -> Iterator[list[sweeping.Job]]:
     """What a measured sweep tunes, which takes no time."""
     jobs = []
 
-    def tune(space, problem, device):
+    def tune(space, problem, device, candidates, processes):
         jobs.append(sweeping.job_of(space.op, problem))
         return Entry(space.key(problem), as_values(space.formula(problem)), "measured", 1.0, 1.0, 0.0, {})
 

@@ -392,16 +392,16 @@ def test_a_switch_that_is_empty_or_0_is_off(variable, value, monkeypatch):
     assert launched()
 
 
-def test_nothing_is_tuned_without_the_switch_or_where_nothing_runs(monkeypatch):
+def test_nothing_is_tuned_without_the_switch_or_where_nothing_runs(device, monkeypatch):
     monkeypatch.setattr(autotune, "tune", fail)
-    x = torch.ones(4, 32)
+    x, r = torch.ones(4, 32, device=device), torch.ones(1, device=device)
     with launch.backend("kernel"):
-        ops.dac(x, torch.ones(1), 1, 254)
+        ops.dac(x, r, 1, 254)
         monkeypatch.setenv(environment.AUTOTUNE, "1")
         lookup.forget()
         assert launched()
         with pytest.raises(AssertionError, match="should not have been called"):
-            ops.dac(x, torch.ones(1), 1, 254)
+            ops.dac(x, r, 1, 254)
 
 
 # ---- What is looked up is launched ------------------------------------------------------------------------------------

@@ -110,14 +110,7 @@ def test_the_formulas_configuration_belongs_to_the_space(op, target):
         assert space.accepts(problem, as_values(config)) == config, problem
 
 
-SMALLER_THAN_THE_SPACE = pytest.mark.xfail(
-    strict=True, reason="32 x 16 numbers, of which the space wants twice as many"
-)
-
-
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=SMALLER_THAN_THE_SPACE if op == "input_range_grad" else ()) for op in SPACES]
-)
+@all_ops
 def test_the_formulas_configuration_for_many_rows_belongs_to_the_space(op):
     space = SPACES[op]
     for others, flags in itertools.product(
@@ -391,7 +384,6 @@ def test_a_call_looks_up_the_problem_that_it_was_made_for(op, asked):
         assert [found for name, found in asked if name == op] == [problem]
 
 
-@pytest.mark.xfail(strict=True, reason="the call's slices are all of a problem's width, which then looks even")
 @pytest.mark.parametrize(("op", "width"), [("absmax", 512), ("extrema", 512), ("weight", 512 + 15)])
 def test_slices_of_512_and_511_features_are_told_from_even_ones(op, width, asked):
     problem = problem_of(SPACES[op], 96, width)

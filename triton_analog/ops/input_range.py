@@ -38,7 +38,7 @@ def default_config(problem: Problem) -> InputRangeConfig:
 
 
 def _fits(problem: Problem, config: InputRangeConfig) -> bool:
-    return tile_fits(problem, config.BLOCK_M, config.BLOCK_K, least=1024, most=8192, smallest=16)
+    return tile_fits(problem, config.BLOCK_M, config.BLOCK_K, least=512, most=8192, smallest=16)
 
 
 SPACE = Space(

@@ -57,9 +57,24 @@ def slices_for(width: int) -> int:
     return max(1, min(8, 4096 // width))
 
 
+def uneven(width: int) -> tuple[int, int]:
+    """Features that are no multiple of 16 and slices of ``width`` columns at most, one narrower if need be."""
+    slices = slices_for(width)
+    if width * slices % 16:
+        return width * slices, slices
+    slices = max(2, slices)
+    return width * slices - 1, slices
+
+
+def _rows_of(new: Operands, p: Problem) -> tuple[Tensor, int]:
+    """Rows to read, wide loads possible or not, and slices."""
+    (rows, width), (wide_loads,) = p.sizes, p.flags
+    features, slices = (width * slices_for(width), slices_for(width)) if wide_loads else uneven(width)
+    return new.normal(rows, features), slices
+
+
 def _absmax(new: Operands, p: Problem) -> Call:
-    rows, width = p.sizes
-    x, slices = new.normal(rows, width * slices_for(width)), slices_for(width)
+    x, slices = _rows_of(new, p)
     return lambda: ops.absmax(x, slices)
 
 
@@ -94,7 +109,7 @@ def _dac_steps(new: Operands, p: Problem) -> Call:
 
 
 def _extrema(new: Operands, p: Problem) -> Call:
-    x, _, slices = _input(new, *p.sizes)
+    x, slices = _rows_of(new, p)
     return lambda: ops.extrema(x, slices)
 
 
@@ -157,9 +172,9 @@ def _std(new: Operands, p: Problem) -> Call:
 
 def _weight(new: Operands, p: Problem) -> Call:
     (rows, width), (noise, aligned) = p.sizes, p.flags
-    width -= 0 if aligned else 15  # the launcher counts what a slice's first tile may reach before it
-    slices = slices_for(width)
-    weight, seed = new.normal(rows, width * slices), new.seed()
+    # The launcher adds what a slice's first tile may reach before it.
+    features, slices = (width * slices_for(width), slices_for(width)) if aligned else uneven(width - 15)
+    weight, seed = new.normal(rows, features), new.seed()
     options: dict[str, Any] = {"noise_type": "per_channel", "std_dev": 0.02, "seed": seed} if noise else {}
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +14,11 @@ from typing_extensions import Self
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process of a terminal; the parent ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Processes:
@@ -40,7 +46,8 @@ class Processes:
 
     def _attempt(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result | BaseException]:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self._jobs, mp_context=multiprocessing.get_context("spawn"))
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._jobs, spawn, initializer=leave_interrupts_to_the_parent)
         futures = [self._pool.submit(function, item) for item in items]
         results = [future.exception() or future.result() for future in futures]
         if any(isinstance(result, BrokenProcessPool) for result in results):

@@ -22,7 +22,7 @@ from triton_analog.launch import Hardware, hardware
 from triton_analog.tuning import store
 from triton_analog.tuning.fingerprint import is_stale
 from triton_analog.tuning.measure import NothingRuns, tune
-from triton_analog.tuning.processes import Processes
+from triton_analog.tuning.processes import Processes, leave_interrupts_to_the_parent
 from triton_analog.tuning.space import Problem, spaces
 from triton_analog.tuning.store import Entry, Key, Table
 
@@ -96,6 +96,7 @@ _own_processes: Processes | None = None
 
 def _take_device(free: Any, compilers: int) -> None:
     global _own_device, _own_processes
+    leave_interrupts_to_the_parent()
     _own_device, _own_processes = free.get(), Processes(compilers)
 
 

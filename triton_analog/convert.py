@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
+from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.settings import check_config
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 CONVERSION_MAP: dict[type[nn.Module], Any] = {
     nn.Linear: AnalogLinear,
+    nn.Conv1d: AnalogConv1d,
+    nn.Conv2d: AnalogConv2d,
+    nn.Conv3d: AnalogConv3d,
     nn.Sequential: AnalogSequential,
     nn.GRU: AnalogRNN,
     nn.LSTM: AnalogRNN,

@@ -1,11 +1,13 @@
 """The operations composed into one analog linear layer, with explicit autograd.
 
 The forward keeps the input, the stored weight, the ranges, the seed and, with an output converter, one bit per product and
-slice. The backward rebuilds the noisy weight from its seed. Nothing waits for the device.
+slice. The backward rebuilds the noisy weight from its seed, and the patches of a convolution from the input. Nothing waits
+for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from triton_analog import ops
 from triton_analog.launch import runs_kernel
 from triton_analog.ops import _checks as check
+from triton_analog.patches import Patches
 from triton_analog.reference import merge_moments, num_slices
 from triton_analog.reference.grid import half_steps
 
@@ -42,6 +45,7 @@ class _Settings(NamedTuple):
     fast_mode: bool
     save_input: SaveInput
     needs_grad: bool
+    patches: Patches | None
 
     @property
     def scales_outputs(self) -> bool:
@@ -101,6 +105,9 @@ class _AnalogLinear(torch.autograd.Function):
         settings: _Settings,
     ) -> Tensor:
         weight_seed = seed if weight_seed is None else weight_seed
+        kept, patches = x, settings.patches
+        if patches is not None:
+            x = patches.unfold(x)
         int8 = settings.is_integer_product and not settings.needs_grad and runs_kernel(x) and tile_weight is None
         if tile_weight is None:
             w, wmax = _modified_weight(weight, clip, weight_seed, torch.int8 if int8 else x.dtype, settings)
@@ -132,12 +139,15 @@ class _AnalogLinear(torch.autograd.Function):
         )
         ctx.settings = settings
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.input_shape = kept.shape
         clipped = None
-        if settings.save_input == "int8" and settings.needs_grad:
+        # Ten bits per element instead of x, unless the patches of a convolution overlap so much that x is smaller.
+        is_smaller = 5 * x.numel() < 4 * kept.numel() * kept.element_size()
+        if settings.save_input == "int8" and settings.needs_grad and is_smaller:
             assert r is not None
-            x, clipped = ops.dac_steps(x, r, settings.slices, settings.inp_res)
+            kept, clipped = ops.dac_steps(x, r, settings.slices, settings.inp_res)
         ctx.save_for_backward(
-            x, clipped, weight, r, clip, weight_seed, tile_weight, mask if settings.out_bound > 0 else None
+            kept, clipped, weight, r, clip, weight_seed, tile_weight, mask if settings.out_bound > 0 else None
         )
         return y
 
@@ -149,6 +159,9 @@ class _AnalogLinear(torch.autograd.Function):
         dx = dw = dbias = drange = dclip = None
         static = r is not None and not settings.dynamic_range
         converted = x.dtype == torch.int8
+        patches = settings.patches
+        if patches is not None and not converted:
+            x = patches.unfold(x)
         if (
             settings.slices == 1 and mask is not None
         ):  # masked once, the gradient serves both products; the bias takes all
@@ -174,6 +187,8 @@ class _AnalogLinear(torch.autograd.Function):
                 needs_steps=needs_steps,
             )
             drange = drange if needs_range else None
+            if patches is not None and needs_x:
+                dx = patches.fold(dx, ctx.input_shape)
             if needs_steps:
                 x, converted = steps, True
         if needs_weight or needs_clip or needs_bias:
@@ -211,6 +226,7 @@ def modified_weight(
     weight_res: float = 0.0,
     weight_noise: Kind = "none",
     weight_noise_std: float = 0.0,
+    groups: int = 1,
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -221,7 +237,7 @@ def modified_weight(
     through :func:`analog_linear`, not from here.
 
     Args:
-        weight, max_input_size, weight_clip, weight_quantization, weight_res, weight_noise, weight_noise_std: As in
+        weight, max_input_size, weight_clip, weight_quantization, weight_res, weight_noise, weight_noise_std, groups: As in
             :func:`analog_linear`, with ``training=True``.
         seed: int64 ``[1]``; None draws one.
         dtype: That of the inputs it will meet; default that of ``weight``.
@@ -231,18 +247,43 @@ def modified_weight(
     """
     if seed is None and weight_noise != "none" and weight_noise_std > 0:
         seed = draw_seed(weight.device)
+    check.matrix("weight", weight)
+    _check_groups(groups, weight.shape[0], "outputs of the weight")
     with torch.no_grad():
-        return ops.weight(
-            weight,
-            num_slices(weight.shape[1], max_input_size),
-            clip=weight_clip,
-            quantization=weight_quantization,
-            res=weight_res,
-            noise_type=weight_noise,
-            std_dev=weight_noise_std,
-            seed=seed,
-            dtype=dtype,
-        )
+        made = [
+            ops.weight(
+                part,
+                num_slices(weight.shape[1], max_input_size),
+                clip=clip,
+                quantization=weight_quantization,
+                res=weight_res,
+                noise_type=weight_noise,
+                std_dev=weight_noise_std,
+                seed=own_seed,
+                dtype=dtype,
+            )
+            for part, clip, own_seed in zip(
+                _parts(weight, groups), _parts(weight_clip, groups, 1), _seeds(seed, groups), strict=True
+            )
+        ]
+    weights, scales = zip(*made, strict=True)
+    return _joined(weights, 0), _joined(scales, 1)
+
+
+def _parts(tensor: Tensor | None, groups: int, dim: int = 0) -> list[Any]:
+    """The part of every group; None is None for each."""
+    if tensor is None or groups == 1:
+        return [tensor] * groups
+    return list(tensor.chunk(groups, dim))
+
+
+def _seeds(seed: Tensor | None, groups: int) -> list[Any]:
+    """A seed for every group, so that their noise differs; the first has the one that was given."""
+    return [seed if seed is None or group == 0 else seed + group for group in range(groups)]
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
@@ -264,22 +305,34 @@ def _autocasts(x: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
 
 
-def check_input(x: Tensor, weight: Tensor) -> None:
+def _check_groups(groups: int, size: int, what: str) -> None:
+    check.require(
+        isinstance(groups, int) and groups >= 1 and size % groups == 0,
+        lambda: f"groups: got {groups!r}; a number >= 1 that divides the {size} {what} is needed",
+    )
+
+
+def check_input(x: Tensor, weight: Tensor, groups: int = 1, patches: Patches | None = None) -> None:
     """``x`` is an input that :func:`analog_linear` can multiply with ``weight``.
 
     Raises:
         TypeError: it is no floating-point tensor, or of another dtype than ``weight`` outside autocast.
-        ValueError: its last dimension or its device differs from the weight's.
+        ValueError: its features (with ``patches``: its dimensions, channels or size) or its device do not fit the weight.
     """
     check.batch("x", x)
     check.matrix("weight", weight)
     check.together("x", x, weight=weight)
-    check.require(
-        x.shape[-1] == weight.shape[1],
-        lambda: (
-            f"x: got shape {check.shape_of(x)}; its last dimension must be {weight.shape[1]}, the weight's input features"
-        ),
-    )
+    _check_groups(groups, weight.shape[0], "outputs of the weight")
+    if patches is None:
+        needed = groups * weight.shape[1]
+        check.require(
+            x.shape[-1] == needed,
+            lambda: (
+                f"x: got shape {check.shape_of(x)}; its last dimension must be {needed}, the weight's input features"
+            ),
+        )
+    else:
+        patches.check(x, groups * weight.shape[1])
     if x.dtype != weight.dtype and not _autocasts(x):
         raise TypeError(
             f"x: dtype {x.dtype}, but weight is {weight.dtype}; cast one of them or run under torch.autocast"
@@ -313,6 +366,8 @@ def analog_linear(
     weight_seed: Tensor | None = None,
     tile_weight: tuple[Tensor, Tensor | None] | None = None,
     save_input: SaveInput = "full",
+    groups: int = 1,
+    patches: Patches | None = None,
 ) -> Tensor:
     """``torch.nn.functional.linear`` on analog tiles (SEMANTICS 3 to 6).
 
@@ -347,16 +402,24 @@ def analog_linear(
         save_input: What the backward keeps of ``x``: ``"full"`` is ``x`` itself (no copy), ``"int8"`` the converter's integers
             and two flags per element, five eighths of the bytes of bf16 for one more read of ``x``; gradients are the same. It
             needs ``inp_res`` of at most 254 steps.
+        groups: Cut inputs and outputs into so many equal parts and multiply each part of the inputs with its own part of the
+            weight, ``[N / groups, K]``, on tiles of its own: ``x`` is ``[..., groups * K]``, ``input_range``
+            ``[groups * S]`` group by group, and what is per slice elsewhere is per slice of a group. One product is launched
+            after the other; a given ``seed`` is that of the first group, and each further one adds 1.
+        patches: Multiply the patches of ``x [B, C, *size]`` instead, a convolution: its rows are those of
+            :meth:`Patches.unfold`, and ``groups * K`` is ``C * prod(kernel_size)``. The backward keeps ``x`` and takes its
+            patches again; with ``"int8"`` it keeps the integers of the patches where they take less memory than ``x``.
 
     Returns:
-        ``[..., N]`` in the dtype of ``x`` (under autocast: of autocast). NaN in a row of ``x`` gives NaN in that row; NaN in
-        the weight gives NaN in its channels (and, with per-tensor scales, in the slice's).
+        ``[..., N]`` (with ``patches``: ``[B, *places, N]``) in the dtype of ``x`` (under autocast: of autocast). NaN in a row
+        of ``x`` gives NaN in that row; NaN in the weight gives NaN in its channels (and, with per-tensor scales, in the
+        slice's).
 
     Raises:
         ValueError: a shape, device, number or combination outside the above; the message names the argument and the remedy.
         TypeError: dtypes that do not fit.
     """
-    check_input(x, weight)
+    check_input(x, weight, groups, patches)
     check.tensors(bias=bias, input_range=input_range, weight_clip=weight_clip, seed=seed)
     x = x.to(input_dtype(x))
     check.require(
@@ -369,8 +432,9 @@ def analog_linear(
         raise TypeError(f"max_input_size: got {max_input_size!r}; an int is needed")
     slices = num_slices(weight.shape[1], max_input_size)
     if input_range is not None:
-        check.static_range(input_range, slices)
+        check.static_range(input_range, groups * slices)
     check.weight_stage(weight, slices, weight_clip, weight_quantization, weight_res, prefix="weight_")
+    check.bias(bias, weight.shape[0])
     check.kind("weight_noise", weight_noise)
     check.non_negative("weight_noise_std", weight_noise_std)
     check.non_negative("out_noise", out_noise)
@@ -406,15 +470,29 @@ def analog_linear(
         fast_mode=fast_mode,
         save_input=save_input,
         needs_grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable),
+        patches=patches,
     )
     draws_weight = settings.disturbs_weight and weight_seed is None and tile_weight is None
     if seed is None and (settings.out_noise > 0 or draws_weight):
         seed = draw_seed(x.device)
-    y = _AnalogLinear.apply(
-        x.reshape(-1, x.shape[-1]), weight, bias, input_range, weight_clip, seed, weight_seed, *(tile_weight or (None, None)),
-        settings,
-    )  # fmt: skip
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    places = x.shape[:-1] if patches is None else (x.shape[0], *patches.places(x.shape))
+    if patches is None:
+        x = x.reshape(-1, x.shape[-1])
+    tile, tile_wmax = tile_weight or (None, None)
+    operands = zip(
+        _parts(x, groups, 1),
+        _parts(weight, groups),
+        _parts(bias, groups),
+        _parts(input_range, groups),
+        _parts(weight_clip, groups, 1),
+        _seeds(seed, groups),
+        _seeds(weight_seed, groups),
+        _parts(tile, groups),
+        _parts(tile_wmax, groups, 1),
+        strict=True,
+    )
+    y = _joined([_AnalogLinear.apply(*operand, settings) for operand in operands], -1)
+    return y.reshape(*places, weight.shape[0])
 
 
 def _gather(part: Tensor, process_group: Any) -> Tensor:
@@ -430,6 +508,7 @@ def update_input_range(
     count: Tensor,
     *,
     max_input_size: int = -1,
+    groups: int = 1,
     init_from_data: int = 100,
     init_std_alpha: float = 3.0,
     fast_mode: bool = False,
@@ -447,42 +526,48 @@ def update_input_range(
     checkpointing) changes nothing.
 
     Args:
-        x: Inputs ``[..., K]``; an empty batch changes nothing.
-        input_range: ``[S]``, changed in place.
-        count: Integer ``[S]``, batches seen so far, changed in place.
+        x: Inputs ``[..., groups * K]``; an empty batch changes nothing.
+        input_range: ``[groups * S]``, group by group, as are all of those below; changed in place.
+        count: Integer ``[groups * S]``, batches seen so far, changed in place.
         max_input_size: Rows of a tile, as in :func:`analog_linear`.
+        groups: Equal parts of the inputs with tiles of their own, as in :func:`analog_linear`.
         init_from_data: Number of batches to learn from.
         init_std_alpha: Standard deviations that the range spans on either side.
         fast_mode: Track running extreme values instead of standard deviations.
-        x_min: ``[S]``, running smallest value for ``fast_mode``, changed in place.
-        x_max: ``[S]``, running largest value for ``fast_mode``, changed in place.
+        x_min: ``[groups * S]``, running smallest value for ``fast_mode``, changed in place.
+        x_max: ``[groups * S]``, running largest value for ``fast_mode``, changed in place.
         act_range_momentum: Weight of the old extreme values in ``fast_mode``; -1 keeps all-time extremes.
-        residual: ``[S]``, dtype of the range, changed in place: what rounding the range to a narrow dtype drops. Keep it from
-            batch to batch where the range is bf16 or fp16, or late batches no longer move it.
+        residual: ``[groups * S]``, dtype of the range, changed in place: what rounding the range to a narrow dtype drops. Keep
+            it from batch to batch where the range is bf16 or fp16, or late batches no longer move it.
         process_group: Ranks whose batches count as one; without it each process counts its own.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
     """
     check.batch("x", x)
+    _check_groups(groups, x.shape[-1], "input features")
     x = x.detach().reshape(-1, x.shape[-1])
-    slices = num_slices(x.shape[1], max_input_size)
+    parts = _parts(x, groups, 1)
+    slices = num_slices(parts[0].shape[1], max_input_size)
+    check.static_range(input_range, groups * slices)
     empty = x.shape[0] == 0  # nothing to learn from, but other ranks may be waiting for this one
     with torch.no_grad():
         if fast_mode:
             if x_min is None or x_max is None:
                 raise ValueError("x_min, x_max: missing, but fast_mode tracks the extreme values there; pass both")
             if empty:
-                extrema = x.new_tensor([[torch.inf], [-torch.inf]], dtype=check.wide_dtype(x)).expand(2, slices)
+                extrema = x.new_tensor([[torch.inf], [-torch.inf]], dtype=check.wide_dtype(x)).expand(
+                    2, groups * slices
+                )
             else:
-                extrema = ops.extrema(x, slices)
+                extrema = _joined([ops.extrema(part, slices) for part in parts], 1)
             if process_group is not None:
                 low, high = _gather(extrema, process_group).unbind(1)
                 extrema = torch.stack([low.amin(0), high.amax(0)])
             ops.input_range_update_fast(
                 input_range, count, x_min, x_max, extrema, init_from_data=init_from_data, momentum=act_range_momentum
             )
-        elif process_group is None:
+        elif process_group is None and groups == 1:
             if not empty:
                 ops.input_range_learn(
                     x,
@@ -495,10 +580,12 @@ def update_input_range(
                 )
         else:
             if empty:
-                moments = x.new_zeros(slices, 3, dtype=check.wide_dtype(x))
+                moments = x.new_zeros(groups * slices, 3, dtype=check.wide_dtype(x))
             else:
-                moments = ops.moments(x, slices, count < init_from_data)
-            moments = merge_moments(_gather(moments, process_group))
+                active = _parts(count < init_from_data, groups)
+                moments = _joined([ops.moments(part, slices, on) for part, on in zip(parts, active, strict=True)], 0)
+            if process_group is not None:
+                moments = merge_moments(_gather(moments, process_group))
             residual = torch.zeros_like(input_range) if residual is None else residual
             ops.input_range_update(
                 input_range, count, residual, moments, init_from_data=init_from_data, init_std_alpha=init_std_alpha

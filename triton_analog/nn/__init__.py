@@ -2,6 +2,7 @@
 
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper
+from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.rnn_cells import (
@@ -13,6 +14,9 @@ from triton_analog.nn.rnn_cells import (
 )
 
 __all__ = [
+    "AnalogConv1d",
+    "AnalogConv2d",
+    "AnalogConv3d",
     "AnalogGRUCell",
     "AnalogLSTMCell",
     "AnalogLSTMCellCombinedWeight",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from triton_analog import ops
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig, WeightClipType, WeightQuantizationType
-from triton_analog.functional import analog_linear, check_input
+from triton_analog.functional import analog_linear, check_input, modified_weight
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -27,6 +27,7 @@ from triton_analog.nn.settings import (
     settings,
 )
 from triton_analog.nn.weight_noise import WeightNoise
+from triton_analog.patches import Patches
 from triton_analog.reference import num_slices, split_sizes
 
 CHANGES_WITHOUT_CLIP = 100
@@ -37,14 +38,14 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     """A layer around one analog product with ``weight``, seen as a matrix ``[N, K]``.
 
     A subclass also derives from the torch layer that it stands for, calls :meth:`init_analog` once that has created
-    ``weight`` and ``bias``, and :meth:`analog_matmul` in its forward. With ``S`` slices of the ``K`` inputs, the layer
-    may also hold
+    ``weight`` and ``bias``, and :meth:`analog_matmul` in its forward. With ``G`` groups, each with its own ``K`` inputs cut
+    into ``S`` slices and its own ``N / G`` outputs, the layer may also hold
 
-    - ``input_range [S]``: the stored input ranges (a parameter; its magnitude counts),
+    - ``input_range [G * S]``: the stored input ranges, group by group (a parameter; its magnitude counts),
     - ``learnable_weight_clip [S, N]``: the learned clip (a parameter; its magnitude counts),
-    - ``input_range_update_idx [S]``, ``x_min [S]``, ``x_max [S]``: batches seen by the start-up of the ranges, and
+    - ``input_range_update_idx``, ``x_min``, ``x_max``, each ``[G * S]``: batches seen by the start-up of the ranges, and
       the running extreme values of its fast mode (buffers),
-    - ``input_range_residual [S]``: what the dtype of the ranges rounded off in the start-up (a buffer that is not saved),
+    - ``input_range_residual [G * S]``: what the dtype of the ranges rounded off in the start-up (a buffer that is not saved),
     - ``weight_noise_seed [1]``: the seed of weight noise that lasts for a step (neither buffer nor saved).
 
     ``tile_shape`` is ``(N, K)``, also while a sharding library keeps the weight in another shape. ``rpu_config`` is this
@@ -73,6 +74,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     input_range_residual: Tensor | None
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
+    groups: int = 1
     _checked: TorchInferenceRPUConfig | None
 
     _weight_version = 0
@@ -133,11 +135,12 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             self.input_range = self.input_range_update_idx = self.x_min = self.x_max = self.input_range_residual = None
         elif self.input_range is None:
             self._forwards_seen = 0
-            start = torch.full((self.slices,), range_.init_value, **like)
+            stored = self.groups * self.slices
+            start = torch.full((stored,), range_.init_value, **like)
             self.input_range = nn.Parameter(start, requires_grad=range_.learn_input_range)
             # An integer: a counter in half precision stops growing at 256.
-            self.input_range_update_idx = torch.zeros(self.slices, dtype=torch.int64, device=self.weight.device)
-            self.x_min, self.x_max, self.input_range_residual = (torch.zeros(self.slices, **like) for _ in range(3))
+            self.input_range_update_idx = torch.zeros(stored, dtype=torch.int64, device=self.weight.device)
+            self.x_min, self.x_max, self.input_range_residual = (torch.zeros(stored, **like) for _ in range(3))
         if not learns_clip(self.rpu_config):
             self.learnable_weight_clip = None
         elif self.learnable_weight_clip is None:
@@ -155,8 +158,13 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
 
     @property
     def slices(self) -> int:
-        """Number of slices ``S`` of the ``K`` inputs."""
+        """Number of slices ``S`` of the ``K`` inputs (of one group)."""
         return num_slices(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
+
+    @property
+    def patches(self) -> Patches | None:
+        """Which elements of its input a convolution multiplies; None: the product takes the input as it is."""
+        return None
 
     def get_split_sizes(self) -> list[int]:
         """Width of every slice."""
@@ -185,9 +193,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
 
     def _check_state(self) -> None:
         """The config, changed by hand since it was last seen, fits the parameters there are. Compilers trace this."""
-        S, N = self.slices, self.tile_shape[0]
+        S, N, ranges = self.slices, self.tile_shape[0], self.groups * self.slices
         for path, parameter, shape in (
-            ("pre_post.input_range", self.input_range, (S,) if is_static(self.rpu_config) else None),
+            ("pre_post.input_range", self.input_range, (ranges,) if is_static(self.rpu_config) else None),
             ("clip.type", self.learnable_weight_clip, (S, N) if learns_clip(self.rpu_config) else None),
             ("modifier.refresh", self.weight_noise_seed, (1,) if keeps_noise(self.rpu_config) else None),
         ):
@@ -212,17 +220,20 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     # ---- Forward ------------------------------------------------------------------------------------------------------
 
     def analog_matmul(self, x: Tensor) -> Tensor:
-        """``x [..., K]`` times the analog matrix, plus the bias: ``[..., N]``.
+        """``x [..., G * K]`` times the analog matrix, plus the bias: ``[..., N]``; with :attr:`patches` as
+        :func:`analog_linear` takes and gives them.
 
         In training, a stored input range first learns from ``x`` while its start-up lasts (see :class:`RangeStartup`), and
         weight noise may be that of other forwards (:class:`WeightNoise`). A refused call changes nothing.
         """
-        keywords = self._settings()
+        keywords = self._settings() | {"groups": self.groups, "patches": self.patches}
         matrix = self.matrix
         input_range: Tensor | None = self.input_range
         starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(keywords)
         if starts_up or noise_lasts:
-            check_input(x, matrix)  # analog_linear would refuse it only after the layer has changed
+            check_input(
+                x, matrix, self.groups, self.patches
+            )  # analog_linear would refuse it only after the layer has changed
         if starts_up:
             self._learn_range(x)
             assert input_range is not None
@@ -337,12 +348,13 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             ValueError: the weight is computed from other parameters, so that there is nothing to replace.
         """
         weight, modifier = _stored_weight(self), self.rpu_config.modifier
-        quantized, _ = ops.weight(
+        quantized, _ = modified_weight(
             self.matrix,
-            self.slices,
-            clip=self.learnable_weight_clip,
-            quantization=QUANTIZATION[modifier.quantization_type],
-            res=modifier.res,
+            max_input_size=self.rpu_config.mapping.max_input_size,
+            weight_clip=self.learnable_weight_clip,
+            weight_quantization=QUANTIZATION[modifier.quantization_type],
+            weight_res=modifier.res,
+            groups=self.groups,
         )
         weight.copy_(quantized.view_as(weight))
         self.stop_quantizing()

@@ -43,6 +43,7 @@ class RangeStartup(AnalogLayerBase):
     """
 
     rpu_config: TorchInferenceRPUConfig
+    groups: int
     input_range: nn.Parameter | None
     input_range_update_idx: Tensor | None
     x_min: Tensor | None
@@ -98,11 +99,13 @@ class RangeStartup(AnalogLayerBase):
         assert self.input_range is not None
         assert self.input_range_update_idx is not None
         range_, group = self.rpu_config.pre_post.input_range, self._statistics_group()
+        rows = self.tile_rows(x.detach())
         update_input_range(
-            x,
+            rows,
             self.input_range,
             self.input_range_update_idx,
             max_input_size=constant(self.rpu_config.mapping.max_input_size),
+            groups=self.groups,
             init_from_data=constant(range_.init_from_data),
             init_std_alpha=constant(range_.init_std_alpha),
             fast_mode=range_.fast_mode,
@@ -112,7 +115,7 @@ class RangeStartup(AnalogLayerBase):
             residual=self.input_range_residual,
             process_group=group,
         )
-        if not compiling and (x.numel() > 0 or group is not None):
+        if not compiling and (rows.numel() > 0 or group is not None):
             self._forwards_seen += 1
 
     def _restart_range(self) -> None:
@@ -127,8 +130,7 @@ class RangeStartup(AnalogLayerBase):
     def tile_rows(self, x: Tensor) -> Tensor:
         """What the tiles multiply for an input ``x [..., K]`` of the product: rows ``[M, K]``.
 
-        A layer whose product takes other inputs overrides this; with ``G`` groups of tiles, the rows are ``[M, G * K]``, and
-        the ranges ``[G * S]``, group by group.
+        With ``G`` groups of tiles, the rows are ``[M, G * K]``. A layer whose product takes other inputs overrides this.
         """
         return x.reshape(-1, x.shape[-1])
 

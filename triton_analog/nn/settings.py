@@ -17,11 +17,12 @@ from triton_analog.config import (
     WeightNoiseRefresh,
     WeightQuantizationType,
 )
+from triton_analog.functional import Kind
 
 STATE_BYTES = 1024
 """Length of the config in a state dict: padded, so that loaders that fill existing tensors find one of the same size."""
 
-QUANTIZATION = {
+QUANTIZATION: dict[WeightQuantizationType, Kind] = {
     WeightQuantizationType.NONE: "none",
     WeightQuantizationType.DISCRETIZE: "per_tensor",
     WeightQuantizationType.DISCRETIZE_PER_CHANNEL: "per_channel",

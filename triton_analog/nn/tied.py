@@ -34,7 +34,13 @@ def quantize_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
     for layer in layers:
         if isinstance(layer, AnalogMatrixLayer):
             modifier = layer.rpu_config.modifier
-            kind = (modifier.quantization_type, modifier.res, layer.slices, id(layer.learnable_weight_clip))
+            kind = (
+                modifier.quantization_type,
+                modifier.res,
+                layer.slices,
+                layer.groups,
+                id(layer.learnable_weight_clip),
+            )
             key = (id(layer._parameters.get("weight")), *kind)
             if key in quantized:
                 layer.stop_quantizing()

@@ -15,7 +15,7 @@ from triton_analog.functional import draw_seed, input_dtype, modified_weight
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.settings import keeps_noise
 
-TILE_SETTINGS = ("max_input_size", "weight_quantization", "weight_res", "weight_noise", "weight_noise_std")
+TILE_SETTINGS = ("max_input_size", "weight_quantization", "weight_res", "weight_noise", "weight_noise_std", "groups")
 """The keywords of ``analog_linear`` that make the tiles' weight."""
 
 

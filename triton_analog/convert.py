@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
@@ -196,6 +197,8 @@ def _select(
         elif isinstance(candidate, nn.MultiheadAttention):
             skip.update(map(id, candidate.modules()))
             left.append((name, f"{kind.__name__} calls its projections as functions"))
+        elif issubclass(kind, kinds) and isinstance(candidate, LazyModuleMixin):
+            left.append((name, f"{kind.__name__} has no weight yet; run the model once before it is converted"))
         elif issubclass(kind, kinds):
             left.append((name, f"{kind.__name__} is a subclass with a forward of its own"))
         elif isinstance(candidate, _DIGITAL_ONLY):

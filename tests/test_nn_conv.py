@@ -27,7 +27,7 @@ from triton_analog.config import (
     WeightQuantizationType,
 )
 from triton_analog.functional import analog_linear
-from triton_analog.nn import AnalogConv1d, AnalogConv2d, AnalogConv3d, AnalogLinear
+from triton_analog.nn import AnalogConv1d, AnalogConv2d, AnalogConv3d, AnalogLinear, AnalogSequential
 
 SIZE = (7, 6, 5)
 ANALOG = {1: AnalogConv1d, 2: AnalogConv2d, 3: AnalogConv3d}
@@ -600,6 +600,21 @@ def test_quantized_weights_compute_what_the_layer_did(groups: int, kind: WeightQ
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias, groups=groups))
     assert layer.rpu_config.modifier.quantization_type is WeightQuantizationType.NONE
     assert layer.rpu_config.clip.type is WeightClipType.NONE
+
+
+def test_a_shared_weight_is_quantized_for_each_way_of_grouping_it() -> None:
+    config = ideal()
+    config.modifier.quantization_type, config.modifier.res = WeightQuantizationType.DISCRETIZE, 6
+    whole, grouped, again = (analog(1, config, size, 4, 3, groups=size // 2) for size in (2, 4, 2))
+    grouped.weight = again.weight = whole.weight
+    whole.set_weights(whole.weight.detach() * torch.tensor([1.0, 2, 3, 4]).view(-1, 1, 1))
+    one, other = (copy.deepcopy(layer) for layer in (whole, grouped))
+    one.quantize_weights()
+    other.set_weights(one.weight)
+    other.quantize_weights()
+    AnalogSequential(whole, grouped, again).quantize_weights()
+    assert torch.equal(whole.weight, other.weight)
+    assert not torch.equal(whole.weight, one.weight)
 
 
 @all_ranks

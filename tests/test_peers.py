@@ -135,3 +135,42 @@ def test_aihwkit_lightnings_torch_mode(problem, tile, quantization, clip, ranged
         if parameter.grad is not None:
             peer = parameters[name].grad.reshape(parameter.shape)
             torch.testing.assert_close(parameter.grad, peer, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("ranged", ["static", "dynamic"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_aihwkit_lightnings_convolutions(rank, ranged):
+    """Slices of the patches, in the same order: values and every gradient."""
+    lightning = pytest.importorskip(
+        "aihwkit_lightning.nn", reason="the predecessor is an optional peer: pip install aihwkit-lightning"
+    )
+    from aihwkit_lightning.simulator.configs import TorchInferenceRPUConfig as LightningConfig
+
+    import triton_analog.nn as ours_nn
+    from triton_analog import TorchInferenceRPUConfig
+
+    def build(library, config) -> nn.Module:
+        config.mapping.max_input_size = 7
+        config.forward.inp_res, config.forward.out_bound, config.forward.out_res = 254, 3.0, 254
+        config.pre_post.input_range.enable = True
+        config.pre_post.input_range.dynamic = ranged == "dynamic"
+        config.pre_post.input_range.init_from_data = 0
+        config.pre_post.input_range.init_value = 2.0
+        layer = getattr(library, f"AnalogConv{rank}d")(3, 5, 2, stride=2, padding=1, rpu_config=config)
+        return layer.train()
+
+    theirs, ours = build(lightning, LightningConfig()), build(ours_nn, TorchInferenceRPUConfig())
+    with torch.no_grad():
+        theirs.weight.copy_(ours.weight.view_as(theirs.weight))
+        theirs.bias.copy_(ours.bias)
+    x = 1.5 * torch.randn(4, 3, *[6] * rank)
+    grad = torch.randn_like(ours(x))
+    results = [gradients(layer, x, grad) for layer in (ours, theirs)]
+    assert_same_up_to_one_step(
+        results[0][0], results[1][0], step=2 * x.abs().max() * 3.0 * ours.weight.abs().max() / 254
+    )
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
+    parameters = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        peer = parameters[name].grad.reshape(parameter.shape)
+        torch.testing.assert_close(parameter.grad, peer, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

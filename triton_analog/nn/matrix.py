@@ -231,9 +231,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         input_range: Tensor | None = self.input_range
         starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(keywords)
         if starts_up or noise_lasts:
-            check_input(
-                x, matrix, self.groups, self.patches
-            )  # analog_linear would refuse it only after the layer has changed
+            # analog_linear would refuse it only after the layer has changed.
+            check_input(x, matrix, self.groups, self.patches)
         if starts_up:
             self._learn_range(x)
             assert input_range is not None

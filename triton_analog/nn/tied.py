@@ -34,14 +34,8 @@ def quantize_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
     for layer in layers:
         if isinstance(layer, AnalogMatrixLayer):
             modifier = layer.rpu_config.modifier
-            kind = (
-                modifier.quantization_type,
-                modifier.res,
-                layer.slices,
-                layer.groups,
-                id(layer.learnable_weight_clip),
-            )
-            key = (id(layer._parameters.get("weight")), *kind)
+            tiles = (layer.slices, layer.groups, id(layer.learnable_weight_clip))
+            key = (id(layer._parameters.get("weight")), modifier.quantization_type, modifier.res, *tiles)
             if key in quantized:
                 layer.stop_quantizing()
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection
@@ -19,6 +20,7 @@ from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
 from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
+from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.settings import check_config
@@ -37,6 +39,13 @@ CONVERSION_MAP: dict[type[nn.Module], Any] = {
 }
 """The analog class of every torch class that :func:`convert_to_analog` replaces; it has ``from_digital(module, config)``
 and ``to_digital(module)``."""
+
+
+def _default_map() -> dict[type[nn.Module], Any]:
+    """:data:`CONVERSION_MAP`, and Hugging Face's Conv1D if anything has imported it: only then can a model have one."""
+    hugging_face = sys.modules.get("transformers.pytorch_utils")
+    return CONVERSION_MAP if hugging_face is None else CONVERSION_MAP | {hugging_face.Conv1D: AnalogHFConv1D}
+
 
 ConfigFunction = Callable[[str, nn.Module, TorchInferenceRPUConfig], TorchInferenceRPUConfig]
 
@@ -89,7 +98,8 @@ def convert_to_analog(
     Args:
         module: The model, or a single layer.
         rpu_config: What to simulate; every layer gets a copy.
-        conversion_map: Analog class by exact torch class, in place of :data:`CONVERSION_MAP`.
+        conversion_map: Analog class by exact torch class, in place of :data:`CONVERSION_MAP` (to which Hugging Face's
+            ``Conv1D`` is added).
         specific_rpu_config_fun: ``(full name, module, copy of rpu_config) -> config`` chooses the config of each layer.
         module_name: Name of ``module`` itself, the prefix of all full names.
         ensure_analog_root: Give the result the methods of an analog container (:class:`AnalogWrapper`) if it has none.
@@ -111,7 +121,7 @@ def convert_to_analog(
     check_config(rpu_config)
     if not inplace:
         module = copy.deepcopy(module)
-    classes = CONVERSION_MAP if conversion_map is None else conversion_map
+    classes = _default_map() if conversion_map is None else conversion_map
     _check_map(classes)
     excluded = _find_excluded(module, module_name, exclude_modules)
     layers, left = _select(module, module_name, classes, excluded)

@@ -3,6 +3,7 @@
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper
 from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
+from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.rnn_cells import (
@@ -18,6 +19,7 @@ __all__ = [
     "AnalogConv2d",
     "AnalogConv3d",
     "AnalogGRUCell",
+    "AnalogHFConv1D",
     "AnalogLSTMCell",
     "AnalogLSTMCellCombinedWeight",
     "AnalogLayerBase",

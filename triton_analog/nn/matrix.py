@@ -75,6 +75,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
     groups: int = 1
+    CHANNEL_DIM: ClassVar[int] = 0
+    """The dimension of ``weight`` that counts outputs."""
     _checked: TorchInferenceRPUConfig | None
 
     _weight_version = 0
@@ -330,7 +332,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         if clip.type not in GAUSSIAN_CLIP:
             return
         weight = _stored_weight(self).detach()
-        dims = tuple(range(0 if clip.type is WeightClipType.LAYER_GAUSSIAN else 1, weight.ndim))
+        per_channel = clip.type is not WeightClipType.LAYER_GAUSSIAN
+        dims = tuple(dim for dim in range(weight.ndim) if not per_channel or dim != self.CHANNEL_DIM)
         if prod(weight.shape[dim] for dim in dims) < 2:
             return  # a single number has no deviation
         wide = weight if weight.dtype == torch.float64 else weight.float()
@@ -355,7 +358,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             weight_res=modifier.res,
             groups=self.groups,
         )
-        weight.copy_(quantized.view_as(weight))
+        weight.copy_((quantized if self.CHANNEL_DIM == 0 else quantized.T).view_as(weight))
         self.stop_quantizing()
 
     def stop_quantizing(self) -> None:
@@ -413,7 +416,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
 
     def extra_repr(self) -> str:
         changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
-        return ", ".join([super().extra_repr(), f"slices={self.get_split_sizes()}", *changes])
+        return ", ".join([*filter(None, [super().extra_repr()]), f"slices={self.get_split_sizes()}", *changes])
 
 
 def _stored_weight(module: nn.Module) -> Tensor:

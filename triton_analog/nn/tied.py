@@ -17,7 +17,7 @@ def clip_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
     for layer in layers:
         if isinstance(layer, AnalogMatrixLayer):
             clip = layer.rpu_config.clip
-            key = (id(layer._parameters.get("weight")), clip.type, clip.sigma)
+            key = (id(layer._parameters.get("weight")), layer.CHANNEL_DIM, clip.type, clip.sigma)
             if key in clipped:
                 layer.note_clip()
                 continue
@@ -34,7 +34,7 @@ def quantize_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
     for layer in layers:
         if isinstance(layer, AnalogMatrixLayer):
             modifier = layer.rpu_config.modifier
-            tiles = (layer.slices, layer.groups, id(layer.learnable_weight_clip))
+            tiles = (layer.CHANNEL_DIM, layer.slices, layer.groups, id(layer.learnable_weight_clip))
             key = (id(layer._parameters.get("weight")), modifier.quantization_type, modifier.res, *tiles)
             if key in quantized:
                 layer.stop_quantizing()

@@ -1,17 +1,22 @@
-"""Optimizers that clip analog weights, and draw new weight noise, after each step."""
+"""What follows each step of an optimizer: analog weights are clipped, and new weight noise is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.settings import GAUSSIAN_CLIP
 from triton_analog.nn.tied import clip_each_weight
 
 Layers = Callable[[], Iterable[AnalogLayerBase]] | list[AnalogLayerBase]
+Masters = Mapping[int, Tensor]
+"""What an optimizer steps in place of a weight, by the weight's id."""
 
 
 class AnalogOptimizer(Optimizer):
@@ -62,8 +67,11 @@ class AnalogOptimizer(Optimizer):
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     given = optimizer._analog_layers  # type: ignore[attr-defined]
-    layers = list(given() if callable(given) else given)
-    clip_each_weight(layers)
+    _finish_step(list(given() if callable(given) else given), {})
+
+
+def _finish_step(layers: list[AnalogLayerBase], masters: Masters) -> None:
+    clip_each_weight(layers, masters)
     for layer in layers:
         layer.redraw_weight_noise()
 
@@ -111,3 +119,97 @@ def _subclass(optimizer_class: type[Optimizer]) -> type[AnalogOptimizer]:
 def _rebuild(optimizer_class: type[Optimizer]) -> Any:
     """An analog optimizer without state, for copies and pickles."""
     return Optimizer.__new__(_subclass(optimizer_class))
+
+
+# ---- Optimizers that something else built -----------------------------------------------------------------------------
+
+
+class Attachment:
+    """What :func:`attach` returns."""
+
+    steps = 0
+    """Steps that the optimizer has taken since then."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, masters: Masters) -> None:
+        self._model, self._masters = model, masters
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def _after_step(self, *_: Any) -> None:
+        self.steps += 1
+        _finish_step(_layers_of(self._model), self._masters)
+
+    def remove(self) -> None:
+        """Let the optimizer go on as it was before."""
+        self._handle.remove()
+
+
+_attached: WeakKeyDictionary[Optimizer, Attachment] = WeakKeyDictionary()
+
+
+def attach(model: nn.Module, optimizer: Any, masters: Mapping[Tensor, Tensor] | None = None) -> Attachment:
+    """Give an optimizer that a trainer built what :class:`AnalogOptimizer` does after each step.
+
+    Attaching again replaces what was attached before.
+
+    Args:
+        model: The model that ``optimizer`` trains; its layers are listed anew in each step.
+        optimizer: A torch optimizer, or a wrapper with the one inside as its ``optimizer`` (accelerate's, say).
+        masters: For optimizers of fp32 copies that the weights are copied from after each step: the copy of each weight, of
+            as many elements in the same order. Clipped are then the copies, and the weights follow them; without this a clip
+            of the weights would not outlast the next step.
+
+    Raises:
+        TypeError: ``optimizer`` is no optimizer, or ``model`` no module.
+        ValueError: ``model`` has no analog layers; or the optimizer steps neither a weight that its layer's clip is for nor a
+            copy of it; or a copy has another size; or the optimizer is an :class:`AnalogOptimizer`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
+    inner = _unwrapped(optimizer)
+    layers = _layers_of(model)
+    if not layers:
+        raise ValueError("model: it has no analog layers; convert it first (triton_analog.convert_to_analog)")
+    copies = {id(weight): master for weight, master in (masters or {}).items()}
+    _check_stepped(model, inner, copies)
+    if inner in _attached:
+        _attached[inner].remove()
+    _attached[inner] = Attachment(model, inner, copies)
+    return _attached[inner]
+
+
+def _layers_of(model: nn.Module) -> list[AnalogLayerBase]:
+    return [module for module in model.modules() if isinstance(module, AnalogLayerBase) and not module.IS_CONTAINER]
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    inner = optimizer
+    while getattr(inner, "optimizer", None) is not None:
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        raise TypeError(
+            f"optimizer: got {type(optimizer).__name__}; a torch.optim.Optimizer is needed, or a wrapper of one"
+        )
+    if isinstance(inner, AnalogOptimizer):
+        raise ValueError("optimizer: it is an AnalogOptimizer, which clips by itself; there is nothing to attach")
+    return inner
+
+
+def _check_stepped(model: nn.Module, optimizer: Optimizer, masters: Masters) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AnalogMatrixLayer) or layer.rpu_config.clip.type not in GAUSSIAN_CLIP:
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is None or not weight.requires_grad:
+            continue
+        master = masters.get(id(weight))
+        if master is not None and master.numel() != weight.numel():
+            raise ValueError(
+                f"masters: the copy of {name}.weight has {master.numel()} elements; {weight.numel()} are needed"
+            )
+        if id(weight if master is None else master) not in stepped:
+            what = "a copy of it was given in masters, which" if master is not None else "it"
+            raise ValueError(
+                f"optimizer: it does not step {name}.weight, whose layer clips it: {what} is in none of the optimizer's "
+                "param_groups. Attach before a wrapper shards or copies the parameters, or pass masters={weight: fp32 copy}"
+            )

@@ -328,10 +328,14 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             ValueError: the weight is computed from other parameters, so that there is nothing to clamp.
         """
         self.note_clip()
+        if self.rpu_config.clip.type in GAUSSIAN_CLIP:
+            self.clip_like_weights(_stored_weight(self).detach())
+
+    @torch.no_grad()
+    def clip_like_weights(self, weight: Tensor) -> None:
+        """Clamp a tensor of the weight's shape, such as an optimizer's fp32 copy, as :meth:`clip_weights` clamps the weight;
+        for the Gaussian kinds of clip only."""
         clip = self.rpu_config.clip
-        if clip.type not in GAUSSIAN_CLIP:
-            return
-        weight = _stored_weight(self).detach()
         per_channel = clip.type is not WeightClipType.LAYER_GAUSSIAN
         dims = tuple(dim for dim in range(weight.ndim) if not per_channel or dim != self.CHANNEL_DIM)
         if prod(weight.shape[dim] for dim in dims) < 2:

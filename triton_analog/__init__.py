@@ -1,6 +1,7 @@
 """Hardware-aware training for analog in-memory computing, as Triton kernels with a thin ``nn`` package on top."""
 
 from triton_analog import functional, nn, ops
+from triton_analog.aihwkit_bridge import export_to_aihwkit, import_from_aihwkit
 from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.convert import convert_to_analog, convert_to_digital
@@ -13,7 +14,9 @@ __all__ = [
     "calibrate_input_ranges",
     "convert_to_analog",
     "convert_to_digital",
+    "export_to_aihwkit",
     "functional",
+    "import_from_aihwkit",
     "nn",
     "ops",
 ]

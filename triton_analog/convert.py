@@ -139,7 +139,7 @@ def convert_to_analog(
             return old
         analog_class = classes[type(old)]
         new = analog_class.from_digital(old, configs.get(id(old)))
-        _carry_over(old, new)
+        carry_over(old, new)
         if inplace:
             getattr(analog_class, "move_to_meta", AnalogLayerBase.move_to_meta)(old)
         if verbose:
@@ -148,8 +148,8 @@ def convert_to_analog(
 
     if left:
         warnings.warn(_describe(left), stacklevel=2)
-    root = _replace(module, module_name, convert, {})
-    _set_fast_paths(root)
+    root = replace_modules(module, module_name, convert, {})
+    set_fast_paths(root)
     return AnalogWrapper(root) if ensure_analog_root else root
 
 
@@ -294,19 +294,19 @@ def convert_to_digital(
             return old
         kind: Any = type(old)
         new = kind.to_digital(old)
-        _carry_over(old, new, skip={"forward", *getattr(old, "ANALOG_NAMES", ())})
+        carry_over(old, new, skip={"forward", *getattr(old, "ANALOG_NAMES", ())})
         logger.debug("%s: %s -> %s", name, kind.__name__, type(new).__name__)
         return new
 
-    root = _replace(module, module_name, convert, {})
-    _set_fast_paths(root)
+    root = replace_modules(module, module_name, convert, {})
+    set_fast_paths(root)
     return root
 
 
 # ---- Shared -----------------------------------------------------------------------------------------------------------
 
 
-def _replace(
+def replace_modules(
     module: nn.Module,
     name: str,
     convert: Callable[[str, nn.Module], nn.Module],
@@ -318,13 +318,13 @@ def _replace(
         done[id(module)] = (module, new)  # the old one too: an id is only unique while its object lives
         for child_name, child in list(new._modules.items()):
             if child is not None:
-                new_child = _replace(child, f"{name}.{child_name}" if name else child_name, convert, done)
+                new_child = replace_modules(child, f"{name}.{child_name}" if name else child_name, convert, done)
                 if new_child is not child:
                     new._modules[child_name] = new_child
     return done[id(module)][1]
 
 
-def _carry_over(old: nn.Module, new: nn.Module, skip: Collection[str] = ()) -> None:
+def carry_over(old: nn.Module, new: nn.Module, skip: Collection[str] = ()) -> None:
     """Give ``new`` the hooks of ``old`` and, without the names in ``skip``, what was added to it."""
     # The same dictionaries, so that the handles of the hooks can still remove them.
     new.__dict__.update({hooks: old.__dict__[hooks] for hooks in _HOOKS})
@@ -347,7 +347,7 @@ def _carry_over(old: nn.Module, new: nn.Module, skip: Collection[str] = ()) -> N
             new.__dict__.setdefault(name, value)
 
 
-def _set_fast_paths(root: nn.Module) -> None:
+def set_fast_paths(root: nn.Module) -> None:
     """Keep torch's fused evaluation of transformer layers, which bypasses sublayers, to those without analog layers."""
     for layer in root.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):

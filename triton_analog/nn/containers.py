@@ -42,12 +42,12 @@ class AnalogSequential(AnalogContainerBase, nn.Sequential):
     @classmethod
     def from_digital(cls, module: nn.Sequential, rpu_config: Any = None) -> Self:
         """A container of the same children, hooks, mode and attributes as ``module``."""
-        return _retype(module, cls)
+        return retype(module, cls)
 
     @classmethod
     def to_digital(cls, module: AnalogSequential) -> nn.Sequential:
         """The reverse of :meth:`from_digital`."""
-        return _retype(module, nn.Sequential)
+        return retype(module, nn.Sequential)
 
 
 class AnalogWrapper(AnalogContainerBase):
@@ -135,7 +135,7 @@ def _rebuild(func: Any, args: tuple[Any, ...]) -> Any:
     return AnalogWrapper(func(*args))
 
 
-def _retype(module: nn.Module, cls: Any) -> Any:
+def retype(module: nn.Module, cls: Any) -> Any:
     """A module of class ``cls`` with everything that ``module`` has; tensors, children and hooks are shared."""
     new = cls.__new__(cls)
     new.__dict__.update(module.__dict__)

@@ -24,7 +24,7 @@ test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
 test-peers: .venv/peers  ## compare outputs and gradients with AIHWKIT and AIHWKIT-Lightning
-	.venv/bin/python -m pytest tests/test_peers.py
+	.venv/bin/python -m pytest tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py
 
 bench: .venv/bench  ## time every operation (BENCH_ARGS)
 	.venv/bin/python -m pytest bench $(BENCH_ARGS)

@@ -9,9 +9,11 @@ if not HAS_GPU:  # before Triton is imported, which reads both once
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import hypothesis
 import pytest
@@ -53,6 +55,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """The GPU if there is one, else the CPU; the reference is tested on the CPU."""
     on_cpu = "backend" in request.fixturenames and request.getfixturevalue("backend") == "reference"
     return torch.device("cuda" if HAS_GPU and not on_cpu else "cpu")
+
+
+@pytest.fixture
+def aihwkit() -> Any:
+    """The package, for tests that need it; it warns while it is imported."""
+    pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import aihwkit.nn
+        import aihwkit.optim
+        import aihwkit.simulator.configs
+    return aihwkit
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from bridge import (
+    HIDDEN,
+    IDEAL,
+    IN,
+    OUT,
+    ROWS,
+    assert_same_outputs,
+    disturb,
+    make_config,
+    make_model,
+    quietly,
+    tiles_of,
+)
 from helpers import assert_same_up_to_one_step
 from torch import Tensor, nn
 
@@ -38,86 +51,7 @@ from triton_analog.nn import (
     AnalogVanillaRNNCell,
 )
 
-IN, HIDDEN, OUT, ROWS = 50, 21, 9, 40
 NONE, GAUSSIAN, PER_CHANNEL, LEARNED = WeightClipType
-
-
-@pytest.fixture
-def aihwkit() -> Any:
-    pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import aihwkit.nn
-        import aihwkit.optim
-        import aihwkit.simulator.configs
-    return aihwkit
-
-
-def make_config(changes: dict[str, Any] | None = None) -> TorchInferenceRPUConfig:
-    """Everything that acts in evaluation is on, except for what ``changes`` says by path."""
-    config = TorchInferenceRPUConfig()
-    defaults = {
-        "mapping.max_input_size": 20,
-        "forward.inp_res": 30,
-        "forward.out_bound": 2.1234,  # so that no product lies half-way between two steps of the ADC
-        "forward.out_res": 30,
-        "pre_post.input_range.enable": True,
-        "clip.sigma": 2.5,
-    }
-    for path, value in (defaults | (changes or {})).items():
-        *sections, field = path.split(".")
-        section: Any = config
-        for name in sections:
-            section = getattr(section, name)
-        setattr(section, field, value)
-    return config
-
-
-IDEAL = {
-    "forward.inp_res": -1,
-    "forward.out_bound": 0.0,
-    "forward.out_res": -1,
-    "pre_post.input_range.enable": False,
-}
-
-
-def make_model(config: TorchInferenceRPUConfig, **options: Any) -> Any:
-    """Two layers in evaluation, each slice with a range of its own, each learned clip in the midst of the weights."""
-    digital = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT, bias=False))
-    return disturb(convert_to_analog(digital, config, **options))
-
-
-def disturb(model: Any) -> Any:
-    for layer in model.modules():
-        if isinstance(layer, triton_analog.nn.matrix.AnalogMatrixLayer):
-            with torch.no_grad():
-                if layer.input_range is not None:
-                    layer.input_range.uniform_(0.8, 2.0).mul_(torch.randn(layer.slices).sign())
-                if layer.learnable_weight_clip is not None:
-                    layer.learnable_weight_clip.mul_(torch.empty(layer.slices, layer.tile_shape[0]).uniform_(0.4, 1.2))
-    return model.eval()
-
-
-@torch.no_grad()
-def assert_same_outputs(model: Any, exported: Any, x: Tensor | None = None) -> None:
-    x = 1.5 * torch.randn(ROWS, IN) if x is None else x
-    ours, theirs = model(x), exported(x)
-    assert ours.shape == theirs.shape
-    assert ours.std() > 0.05
-    # Scaling in another order moves a value across a tie now and then, which the layers behind it see: one row in twenty.
-    difference = (ours - theirs).abs().reshape(-1, ours.shape[-1]).amax(1)
-    assert (difference > 1e-4 * ours.abs().max()).sum() <= len(difference) // 20
-    assert difference.max() < 0.2 * ours.abs().max()
-
-
-def quietly(model: Any, *args: Any, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return export_to_aihwkit(model, *args, **options)
-
-
-def tiles_of(layer: Any) -> list[list[Any]]:
-    return [list(row) for row in layer.analog_module.array]
 
 
 # ---- Outputs ------------------------------------------------------------------------------------------------------------
@@ -277,6 +211,14 @@ def test_the_root_gets_aihwkits_methods_and_nothing_of_ours_is_left(aihwkit):
     exported.drift_analog_weights(100.0)
     sequence = quietly(make_model(make_config()))
     assert type(sequence) is aihwkit.nn.AnalogSequential
+
+
+def test_a_root_that_is_not_analog_itself(aihwkit):
+    model = nn.Sequential(disturb(AnalogLinear(IN, OUT, rpu_config=make_config())), nn.Tanh())
+    exported = quietly(model)
+    assert isinstance(exported, nn.Sequential)
+    assert len(list(exported.analog_tiles())) == 3
+    assert_same_outputs(model, exported)
 
 
 def test_two_classes_of_the_same_name(aihwkit):
@@ -444,6 +386,56 @@ def test_no_warning_without_reason(aihwkit):
     assert theirs.forward.out_noise == pytest.approx(0.1 / math.sqrt(3))
     assert theirs.modifier.std_dev == 0.1
     assert theirs.pre_post.input_range.decay == 0.1
+
+
+# ---- Convolutions -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": 3, "padding": 1, "bias": False},
+        {"kernel_size": 2, "stride": 2, "padding": 1, "dilation": 2},
+        {"kernel_size": 2, "padding": "same"},
+        {"kernel_size": 3, "padding": "same", "dilation": 2},
+        {"kernel_size": 3, "padding": "valid", "stride": 3},
+    ],
+)
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolutions(aihwkit, conv, options, padding_mode):
+    digital = conv(3, 6, padding_mode=padding_mode, **options)
+    model = disturb(convert_to_analog(digital, make_config({"clip.type": LEARNED})))
+    exported = quietly(model)
+    assert all(isinstance(layer, aihwkit.nn.AnalogConv2d) for layer in exported.analog_layers())
+    size = (7, 8, 9)[: digital.weight.ndim - 2]
+    for x in torch.randn(2, 3, *size), torch.randn(3, *size):
+        with torch.no_grad():
+            assert_same_up_to_one_step(model(x), exported(x), step=0.2)
+
+
+def test_kernels_of_different_sizes_and_quantized_weights(aihwkit):
+    digital = nn.Sequential(
+        nn.Conv3d(2, 4, (3, 1, 2), stride=(2, 1, 1), padding=(1, 0, 2), dilation=(2, 1, 3)),
+        nn.Flatten(2, 3),
+        nn.Conv2d(4, 5, (2, 3), padding=(0, 1)),
+        nn.Flatten(2),
+        nn.Conv1d(5, 3, 4, stride=3),
+    )
+    quantized = {"modifier.quantization_type": WeightQuantizationType.DISCRETIZE_PER_CHANNEL, "modifier.res": 14}
+    model = disturb(convert_to_analog(digital, make_config(quantized | {"pre_post.input_range.dynamic": True})))
+    x = torch.randn(2, 2, 7, 5, 6)
+    with torch.no_grad():
+        assert_same_up_to_one_step(model(x), quietly(model, max_output_size=2)(x), step=0.2)
+
+
+def test_groups_are_refused(aihwkit):
+    model = convert_to_analog(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), make_config())
+    with pytest.raises(
+        ValueError, match=r"^0: groups: got 2; AIHWKIT has convolutions with groups = 1 only; convert this"
+    ):
+        export_to_aihwkit(model)
 
 
 # ---- Recurrent layers ----------------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def export_to_aihwkit(model: nn.Module, max_output_size: int = -1, *, out_noise:
     itself stays as it is. The copy computes in float32 throughout, whatever the dtypes of ``model``; its modules are in the
     same mode and on the same devices.
 
-    - A 1-D convolution becomes an AIHWKIT 2-D one between reshapes, and a 3-D one an AIHWKIT 2-D one inside a
-      ``Conv3dByDepth``, as AIHWKIT's own need its C++ tile. Padding that AIHWKIT does not know is a torch layer in front.
+    - A 1-D convolution becomes AIHWKIT's 2-D one between reshapes, a 3-D one AIHWKIT's 2-D one inside a ``Conv3dByDepth`` of
+      this package, as AIHWKIT's own need its C++ tile. Padding that AIHWKIT does not know is a torch layer in front.
     - ``AnalogRNN`` becomes AIHWKIT's, which takes and returns a list of states: of tuples ``(h, c)`` for LSTM cells, of
       tensors for others.
     - Tied weights become tiles of their own.
@@ -70,7 +70,7 @@ def export_to_aihwkit(model: nn.Module, max_output_size: int = -1, *, out_noise:
         exporter.export_layers(clone)
     clone.float()
     root = replace_modules(clone, "", exporter.replace, {})
-    if exporter.wrap_root:
+    if not isinstance(root, exporter.aihwkit.AnalogLayerBase):
         root = _wrap(root, exporter.aihwkit.nn.AnalogWrapper)
     exporter.notes.warn("export_to_aihwkit: evaluation is the same, but in training AIHWKIT differs")
     return root
@@ -84,7 +84,6 @@ class _Exporter:
         self.max_output_size, self.out_noise = max_output_size, out_noise
         self.notes = Notes()
         self.made: dict[int, nn.Module] = {}
-        self.wrap_root = False
 
     def find_ties(self, model: nn.Module) -> None:
         holders: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -102,7 +101,6 @@ class _Exporter:
 
     def export_layers(self, model: nn.Module) -> None:
         """Make the AIHWKIT module for every analog one of ``model``; nothing is replaced yet."""
-        self.wrap_root = isinstance(model, AnalogWrapper)
         inside: set[int] = set()
         for name, module in model.named_modules():
             if id(module) in inside:
@@ -164,9 +162,8 @@ class _Exporter:
             parts = [*before, Conv3dByDepth(conv, *(size[0] for size in sizes))]
         else:
             parts = [*before, conv]
-        if len(parts) == 1:
-            return parts[0].train(layer.training)
-        return self.aihwkit.nn.AnalogSequential(*parts).train(layer.training)
+        whole = conv if parts == [conv] else self.aihwkit.nn.AnalogSequential(*parts)
+        return whole.train(layer.training)
 
     def _rnn(self, name: str, layer: AnalogRNN) -> nn.Module:
         first = next(layer._cells())

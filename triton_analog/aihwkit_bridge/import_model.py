@@ -13,7 +13,7 @@ from triton_analog.aihwkit_bridge.import_config import import_config
 from triton_analog.aihwkit_bridge.package import Notes, load_aihwkit, tile_grid
 from triton_analog.convert import CONVERSION_MAP, carry_over, replace_modules, set_fast_paths
 from triton_analog.nn import rnn_cells
-from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names, retype
+from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, retype
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.reference import split_sizes
 
@@ -51,9 +51,6 @@ def import_from_aihwkit(model: nn.Module) -> Any:
         importer.import_layers(clone)
     if not importer.made:
         raise ValueError(f"model: {type(model).__name__} has no AIHWKIT layers")
-    if importer.wrap_root:
-        clone = importer.aihwkit.nn.AnalogWrapper.to_digital(clone)
-        check_names(clone)
     root = replace_modules(clone, "", importer.replace, {})
     set_fast_paths(root)
     importer.notes.warn("import_from_aihwkit: evaluation is the same, but training differs")
@@ -117,9 +114,10 @@ class _Importer:
                 "to digital"
             )
         dropout = rnn.rnn.dropout_layer
+        paths = {id(module): path for path, module in rnn.named_modules(prefix=name)}
         made = [
             {
-                product: self._linear(f"{name}.{kind}.{product}", linear)
+                product: self._linear(paths[id(linear)], linear)
                 for product, linear in cell.named_children()
                 if isinstance(linear, self.aihwkit.nn.AnalogLinear)
             }
@@ -148,8 +146,8 @@ class _Importer:
         """Our layer in place of ``digital``, torch's layer of the same shape, with what the tiles of ``layer`` hold."""
         grid = tile_grid(layer.analog_module)
         first = grid[0][0]
-        configs = [tile.rpu_config for row in grid for tile in row]
-        for tile, config in zip((tile for row in grid for tile in row), configs, strict=True):
+        for tile in (tile for row in grid for tile in row):
+            config = tile.rpu_config
             if (
                 type(tile) is not self.aihwkit.TorchInferenceTile
                 or type(config) is not self.aihwkit.TorchInferenceRPUConfig
@@ -158,13 +156,15 @@ class _Importer:
                     f"{name or '(root)'}: got {type(tile).__name__} with a {type(config).__name__}; only the torch tiles of "
                     "TorchInferenceRPUConfig are simulated here: convert the AIHWKIT model with such a config first"
                 )
-            if any(getattr(config, part) != getattr(configs[0], part) for part in _SECTIONS):
+            if any(getattr(config, part) != getattr(first.rpu_config, part) for part in _SECTIONS):
                 raise ValueError(f"{name or '(root)'}: its tiles have different configs; give all of them the same")
         weight = torch.cat([torch.cat([tile.tile.weight * _scale(tile)[:, None] for tile in row]) for row in grid], 1)
         scales = torch.stack([torch.cat([_scale(tile) for tile in row]) for row in grid])
         sizes = [row[0].in_size for row in grid]
         wmax = torch.stack([part.abs().amax(1) for part in weight.split(sizes, 1)])
-        imported = import_config(configs[0], name, scales.abs(), wmax, sizes, lambda note: self.notes.add(name, note))
+        imported = import_config(
+            first.rpu_config, name, scales.abs(), wmax, sizes, lambda note: self.notes.add(name, note)
+        )
         if split_sizes(sum(sizes), imported.config.mapping.max_input_size) != sizes:
             raise ValueError(
                 f"{name or '(root)'}: mapping.max_input_size: got {imported.config.mapping.max_input_size}, but its tiles have "
@@ -189,6 +189,8 @@ class _Importer:
         if new is not None:
             carry_over(old, new)
             return new
+        if isinstance(old, self.aihwkit.nn.AnalogWrapper):
+            return self.aihwkit.nn.AnalogWrapper.to_digital(old)
         return retype(old, AnalogSequential) if isinstance(old, self.aihwkit.nn.AnalogSequential) else old
 
 

@@ -16,7 +16,6 @@ def load_aihwkit(caller: str) -> SimpleNamespace:
     try:
         from aihwkit import nn
         from aihwkit.nn.modules.base import AnalogLayerBase
-        from aihwkit.nn.modules.container import AnalogContainerBase
         from aihwkit.nn.modules.rnn.layers import AnalogBidirRNNLayer
         from aihwkit.simulator.configs import TorchInferenceRPUConfig
         from aihwkit.simulator.parameters import enums
@@ -31,7 +30,6 @@ def load_aihwkit(caller: str) -> SimpleNamespace:
         nn=nn,
         enums=enums,
         AnalogLayerBase=AnalogLayerBase,
-        AnalogContainerBase=AnalogContainerBase,
         AnalogBidirRNNLayer=AnalogBidirRNNLayer,
         TorchInferenceRPUConfig=TorchInferenceRPUConfig,
         TorchInferenceTile=TorchInferenceTile,

@@ -255,14 +255,15 @@ def test_hooks_come_along(aihwkit):
     assert seen == [aihwkit.nn.AnalogLinear]
 
 
-def test_the_result_can_be_copied_saved_and_trained(aihwkit):
-    model = make_model(make_config())
+@pytest.mark.parametrize("clip", [NONE, PER_CHANNEL, LEARNED])
+def test_the_result_can_be_copied_saved_and_trained(aihwkit, clip):
+    model = make_model(make_config({"clip.type": clip}))
     exported, x = quietly(model), torch.randn(ROWS, IN)
     assert_same_outputs(model, copy.deepcopy(exported))
     saved = io.BytesIO()
     torch.save(exported.state_dict(), saved)
     saved.seek(0)
-    other = quietly(make_model(make_config()))
+    other = quietly(make_model(make_config({"clip.type": clip})))
     other.load_state_dict(torch.load(saved, weights_only=False))
     assert_same_outputs(model, other)
     optimizer = aihwkit.optim.AnalogSGD(exported.parameters(), lr=0.05)
@@ -275,6 +276,10 @@ def test_the_result_can_be_copied_saved_and_trained(aihwkit):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+    for tile in exported.analog_tiles():  # scales follow the largest weights as ours do; a learned clip's were fixed
+        largest = tile.tile.weight.abs().amax(1)
+        assert (largest.amax() == 1) == (clip is not LEARNED)
+        assert (largest == 1).all() == (clip is PER_CHANNEL)
 
 
 # ---- Noise and other settings for training ---------------------------------------------------------------------------------

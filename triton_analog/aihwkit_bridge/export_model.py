@@ -43,12 +43,15 @@ def export_to_aihwkit(model: nn.Module, max_output_size: int = -1, *, out_noise:
     - ``AnalogRNN`` becomes AIHWKIT's, which takes and returns a list of states: of tuples ``(h, c)`` for LSTM cells, of
       tensors for others.
     - Tied weights become tiles of their own.
-    - Settings that act in training only are carried over where AIHWKIT has them; one warning names the others.
+    - Settings that act in training only are carried over where AIHWKIT has them.
 
     Args:
         model: A model with analog layers, or one such layer.
         max_output_size: Most output channels of a tile; ``<= 0`` is no limit.
         out_noise: Export the output noise too, with the same total deviation. AIHWKIT adds it in evaluation as well.
+
+    Warns:
+        UserWarning: settings that act otherwise in training, with the layers that have them.
 
     Raises:
         ConfigError: ``out_noise`` was asked for where AIHWKIT cannot scale it as the layer does.

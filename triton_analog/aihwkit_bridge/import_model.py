@@ -30,11 +30,13 @@ def import_from_aihwkit(model: nn.Module) -> Any:
     by something else than the largest weights gets a learned clip (``LEARNABLE_PER_CHANNEL``) of that scale. ``model`` itself
     stays as it is.
 
-    Output noise acts in training only here, while AIHWKIT has it in evaluation too. Settings that act in training and have no
-    counterpart are named in one warning.
+    Output noise acts in training only here, while AIHWKIT has it in evaluation too.
 
     Args:
         model: A model with AIHWKIT layers, or one such layer.
+
+    Warns:
+        UserWarning: settings that act otherwise in training, with the layers that have them.
 
     Raises:
         ConfigError: a setting that acts in evaluation and has no counterpart; the layer and the setting are named.

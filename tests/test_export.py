@@ -488,10 +488,46 @@ def test_a_recurrent_layer_with_torchs_states_is_named_with_the_remedy(aihwkit):
         export_to_aihwkit(model)
 
 
-def test_a_cell_on_its_own_is_refused(aihwkit):
-    model = nn.ModuleDict({"cell": AnalogGRUCell(4, 6, rpu_config=make_config())})
-    with pytest.raises(TypeError, match=r"^cell: AIHWKIT has nothing like a AnalogGRUCell on its own"):
+class Scaled(AnalogLinear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Loud(AnalogRNN):
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        output, states = super().forward(input, hx)
+        return 2 * output, states
+
+
+class OtherCell(AnalogGRUCell):
+    def step(self, projected: Tensor, state: Any) -> Any:
+        return (2 * super().step(projected, state)[0],)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda config: AnalogGRUCell(4, 6, rpu_config=config),
+        lambda config: Scaled(4, 6, rpu_config=config),
+        lambda config: Loud(AnalogGRUCell, 4, 6, rpu_config=config),
+    ],
+    ids=["a cell on its own", "a subclass", "a recurrent subclass"],
+)
+def test_what_computes_something_else_is_refused(aihwkit, module):
+    model = nn.ModuleDict({"other": module(make_config())})
+    with pytest.raises(TypeError, match=r"^other: AIHWKIT has nothing like this .*: convert this one to digital"):
         export_to_aihwkit(model)
+
+
+def test_a_replaced_forward_and_an_unknown_cell_are_refused(aihwkit):
+    layer = AnalogLinear(4, 6, rpu_config=make_config())
+    layer.forward = torch.relu
+    with pytest.raises(TypeError, match="nothing like this AnalogLinear"):
+        export_to_aihwkit(layer)
+    with pytest.raises(
+        ValueError, match="cell: got OtherCell, which AIHWKIT's AnalogRNN does not have; it has AnalogVanilla"
+    ):
+        export_to_aihwkit(AnalogRNN(OtherCell, 4, 6, rpu_config=make_config()))
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from triton_analog import ops
 from triton_analog.aihwkit_bridge.depth import Conv3dByDepth
 from triton_analog.aihwkit_bridge.export_config import base_aihwkit_rpu_config, export_config
 from triton_analog.aihwkit_bridge.package import Notes, load_aihwkit, tile_grid
-from triton_analog.convert import carry_over, replace_modules
-from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.convert import CONVERSION_MAP, carry_over, replace_modules
+from triton_analog.nn import rnn_cells
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, retype
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.rnn import AnalogRNN
@@ -108,20 +108,18 @@ class _Exporter:
         for name, module in model.named_modules():
             if id(module) in inside:
                 continue
+            is_layer = isinstance(module, AnalogRNN | AnalogRNNCellBase | AnalogMatrixLayer)
+            if (is_layer and not _computes_as_ours(module)) or isinstance(module, AnalogRNNCellBase):
+                raise TypeError(
+                    f"{name or '(root)'}: AIHWKIT has nothing like this {type(module).__name__}; exported are AnalogLinear, "
+                    "AnalogConv1d, 2d, 3d and AnalogRNN with their own forward: convert this one to digital"
+                )
             if isinstance(module, AnalogRNN):
                 self.made[id(module)] = self._rnn(name, module)
                 inside.update(map(id, module.modules()))
-            elif isinstance(module, AnalogMatrixLayer) and isinstance(module, nn.Linear):
-                self.made[id(module)] = self._linear(name, module)
-            elif isinstance(module, AnalogMatrixLayer) and isinstance(module, _ConvNd):
-                self.made[id(module)] = self._convolution(name, module)
-            elif isinstance(module, AnalogRNNCellBase) or (
-                isinstance(module, AnalogLayerBase) and not module.IS_CONTAINER
-            ):
-                raise TypeError(
-                    f"{name or '(root)'}: AIHWKIT has nothing like a {type(module).__name__} on its own; exported are linear "
-                    "and convolutional layers and AnalogRNN: convert this one to digital, or put a cell into an AnalogRNN"
-                )
+            elif is_layer:
+                make = self._convolution if isinstance(module, _ConvNd) else self._linear
+                self.made[id(module)] = make(name, module)
 
     def _linear(self, name: str, layer: Any) -> nn.Module:
         def make(config: Any) -> Any:
@@ -132,10 +130,10 @@ class _Exporter:
         return self._fill(name, layer, make)
 
     def _convolution(self, name: str, layer: Any) -> nn.Module:
-        if layer.transposed or layer.groups != 1:
-            what = "a transposed convolution" if layer.transposed else f"groups: got {layer.groups}"
+        if layer.groups != 1:
             raise ValueError(
-                f"{name or '(root)'}: {what}; AIHWKIT has convolutions with groups = 1 only; convert this layer to digital"
+                f"{name or '(root)'}: groups: got {layer.groups}; AIHWKIT has convolutions with groups = 1 only; convert this "
+                "layer to digital"
             )
         rank = len(layer.kernel_size)
         before: list[nn.Module] = []
@@ -173,7 +171,7 @@ class _Exporter:
         cell, cells = type(first).__name__, self.aihwkit.cells
         relu = isinstance(first, AnalogVanillaRNNCell) and first.nonlinearity != "tanh"
         for setting, given, fits, remedy in (
-            ("cell", cell, cell in cells, f"it has {', '.join(cells)}"),
+            ("cell", cell, getattr(rnn_cells, cell, None) is type(first), f"it has {', '.join(cells)}"),
             (
                 "batch_first",
                 layer.batch_first,
@@ -253,6 +251,13 @@ class _Exporter:
         if isinstance(old, AnalogWrapper):
             return AnalogWrapper.to_digital(old)
         return retype(old, self.aihwkit.nn.AnalogSequential) if isinstance(old, AnalogSequential) else old
+
+
+def _computes_as_ours(module: nn.Module) -> bool:
+    """Whether the forward of an analog layer is the library's, not one of a subclass or of the instance."""
+    return "forward" not in vars(module) and any(
+        type(module).forward is kind.forward for kind in CONVERSION_MAP.values()
+    )
 
 
 def _set_range(tile: Any, value: Tensor, count: Tensor) -> None:

@@ -110,7 +110,7 @@ class _Importer:
     def _rnn(self, name: str, rnn: Any) -> nn.Module:
         cells = aihwkit_cells(rnn, self.aihwkit)
         first, kind = cells[0], type(cells[0]).__name__
-        if kind not in self.aihwkit.cells:
+        if self.aihwkit.cells.get(kind) is not type(first):
             raise TypeError(
                 f"{name or '(root)'}: got an AnalogRNN of {kind}; imported are {', '.join(self.aihwkit.cells)}: convert this one "
                 "to digital"

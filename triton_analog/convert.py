@@ -41,7 +41,7 @@ CONVERSION_MAP: dict[type[nn.Module], Any] = {
 and ``to_digital(module)``."""
 
 
-def _default_map() -> dict[type[nn.Module], Any]:
+def default_conversion_map() -> dict[type[nn.Module], Any]:
     """:data:`CONVERSION_MAP`, and Hugging Face's Conv1D if anything has imported it: only then can a model have one."""
     hugging_face = sys.modules.get("transformers.pytorch_utils")
     return CONVERSION_MAP if hugging_face is None else CONVERSION_MAP | {hugging_face.Conv1D: AnalogHFConv1D}
@@ -121,7 +121,7 @@ def convert_to_analog(
     check_config(rpu_config)
     if not inplace:
         module = copy.deepcopy(module)
-    classes = _default_map() if conversion_map is None else conversion_map
+    classes = default_conversion_map() if conversion_map is None else conversion_map
     _check_map(classes)
     excluded = _find_excluded(module, module_name, exclude_modules)
     layers, left = _select(module, module_name, classes, excluded)

@@ -1,0 +1,172 @@
+"""Hugging Face models and their Trainer with analog layers; small models of random numbers, nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from triton_analog import AnalogOptimizer, TorchInferenceRPUConfig, convert_to_analog
+from triton_analog.config import WeightClipType
+from triton_analog.nn import AnalogHFConv1D, AnalogLinear
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+hugging_face = pytest.importorskip("triton_analog.integrations.transformers", reason="transformers is not installed")
+
+TOKENS = torch.arange(12).reshape(2, 6)
+
+
+def llama(tied: bool = True) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=24, n_layer=1, n_head=2)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=36,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def recipe() -> TorchInferenceRPUConfig:
+    config = TorchInferenceRPUConfig()
+    config.mapping.max_input_size = 8
+    config.forward.inp_res = 254
+    config.pre_post.input_range.enable = True
+    config.clip.type, config.clip.sigma = WeightClipType.LAYER_GAUSSIAN, 1.0
+    return config
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, bert])
+def test_an_ideal_model_computes_the_same(make: Any) -> None:
+    model = make().eval()
+    analog = convert_to_analog(model, TorchInferenceRPUConfig())
+    kinds = {type(layer) for layer in analog.analog_layers()}
+    assert kinds == ({AnalogHFConv1D, AnalogLinear} if make is gpt2 else {AnalogLinear})
+    with torch.no_grad():
+        torch.testing.assert_close(analog(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    "make", [llama, gpt2, bert, lambda: llama(tied=False)], ids=["llama", "gpt2", "bert", "untied"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_save_pretrained_writes_comes_back(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = convert_to_analog(make().to(dtype), recipe(), exclude_modules=[])
+    source(TOKENS)  # moves the ranges
+    source.eval().save_pretrained(tmp_path)
+    again = hugging_face.from_pretrained(type(make()), tmp_path)
+    assert not again.training
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, source(TOKENS).logits)
+    assert [layer.rpu_config for layer in again.analog_layers()] == [
+        layer.rpu_config for layer in source.analog_layers()
+    ]
+    tied = source.config.tie_word_embeddings and not isinstance(source, transformers.BertForSequenceClassification)
+    if tied:
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+
+
+def test_shards_and_auto_classes(tmp_path: Path) -> None:
+    source = convert_to_analog(llama(), recipe()).eval()
+    source.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = hugging_face.from_pretrained(transformers.AutoModelForCausalLM, tmp_path, dtype=torch.float64)
+    assert next(again.parameters()).dtype == torch.float64
+    assert len(list(again.analog_layers())) == len(list(source.analog_layers()))
+
+
+# ---- The Trainer ------------------------------------------------------------------------------------------------------
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = (torch.arange(6) * (index + 1)) % 40
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer(model: nn.Module, folder: Path, steps: int = 2, **options: Any) -> Any:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
+        use_cpu=True, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    return transformers.Trainer(model, arguments, train_dataset=Texts(), **options)
+
+
+def widest(model: Any) -> float:
+    """The largest weight of any analog layer, in deviations of its matrix."""
+    return max((layer.weight.abs().max() / layer.weight.std()).item() for layer in model.analog_layers())
+
+
+def test_the_callback_clips_after_each_step_of_the_trainer(tmp_path: Path) -> None:
+    plain, clipped = (convert_to_analog(llama(tied=False), recipe()) for _ in range(2))
+    trainer(plain, tmp_path / "plain").train()
+    trainer(clipped, tmp_path / "clipped", callbacks=[hugging_face.AnalogCallback()]).train()
+    assert widest(plain) > 2
+    assert widest(clipped) < 1.8  # a clamp to one deviation lowers the deviation
+
+
+def test_what_the_trainer_saves_comes_back(tmp_path: Path) -> None:
+    model = convert_to_analog(llama(), recipe())
+    run = trainer(model, tmp_path, callbacks=[hugging_face.AnalogCallback()])
+    run.train()
+    run.save_model()
+    again = hugging_face.from_pretrained(transformers.LlamaForCausalLM, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+def test_an_analog_optimizer_goes_on_by_itself(tmp_path: Path) -> None:
+    model = convert_to_analog(llama(tied=False), recipe())
+    optimizer = AnalogOptimizer(SGD, model.analog_layers, model.parameters(), lr=0.05)
+    trainer(model, tmp_path, callbacks=[hugging_face.AnalogCallback()], optimizers=(optimizer, None)).train()
+    assert widest(model) < 1.8
+
+
+def test_an_optimizer_of_other_parameters_ends_the_training(tmp_path: Path) -> None:
+    model = convert_to_analog(llama(), recipe())
+    copies = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+    run = trainer(model, tmp_path, callbacks=[hugging_face.AnalogCallback()], optimizers=(SGD(copies, lr=0.1), None))
+    with pytest.raises(ValueError, match=r"optimizer: it does not step .*weight, whose layer clips it"):
+        run.train()
+
+
+class Idle(SGD):
+    """Counts as an optimizer, and its steps as steps, but none is taken."""
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+
+def test_an_optimizer_that_takes_no_steps_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hugging_face, "PATIENCE", 3)
+    model = convert_to_analog(llama(), recipe())
+    idle = Idle(model.parameters(), lr=0.1)
+    run = trainer(model, tmp_path, steps=5, callbacks=[hugging_face.AnalogCallback()], optimizers=(idle, None))
+    with pytest.raises(RuntimeError, match=r"the trainer counted 3 steps, but the optimizer .* took none"):
+        run.train()
+
+
+def test_a_digital_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model: it has no analog layers"):
+        trainer(llama(), tmp_path, callbacks=[hugging_face.AnalogCallback()]).train()

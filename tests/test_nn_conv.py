@@ -15,7 +15,7 @@ from test_memory import kept_bytes, saved_for_backward
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from triton_analog import AnalogOptimizer, convert_to_analog, convert_to_digital, functional, reference
+from triton_analog import AnalogOptimizer, convert_to_analog, convert_to_digital, functional, launch, reference
 from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.config import (
     ConfigError,
@@ -231,7 +231,7 @@ def test_the_kernels_compute_what_the_reference_does(backend: str, device: torch
     layer.rpu_config.pre_post.input_range.init_from_data = 0
     twin, x = copy.deepcopy(layer).double(), inputs(2)
     y = layer.to(device)(x.to(device, torch.float32))
-    with torch.no_grad():
+    with torch.no_grad(), launch.backend("reference"):
         expected = twin.eval()(x)
     step = 2 * 4.0 * 2 * layer.weight.abs().max().item() / 254 * len(layer.get_split_sizes())
     assert (y.double().cpu() - expected).abs().max() < 1.5 * step

@@ -246,3 +246,62 @@ def test_something_else_instead_of_the_class_is_an_error(wrong: Any) -> None:
     net = model()
     with pytest.raises(TypeError, match=r"optimizer_class: got .*; the class of a torch optimizer is needed"):
         AnalogOptimizer(wrong, net.analog_layers, net.parameters(), lr=0.1)
+
+
+# ---- Of any kind --------------------------------------------------------------------------------------------------------
+
+
+def loss_of(net: nn.Module) -> Tensor:
+    return net(torch.linspace(-1, 1, 18).reshape(3, 6)).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {"lr": 0.1}) for kind in (SGD, AdamW, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam)),
+        (AdamW, {"lr": 0.1, "foreach": True}),
+        (AdamW, {"lr": 0.1, "fused": True}),
+        (SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}),
+        (torch.optim.LBFGS, {"lr": 0.1, "max_iter": 3}),
+    ],
+)
+def test_every_optimizer_takes_its_own_steps_and_then_clips(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    """As a plain one with the clips called by hand, also after its state was saved and loaded."""
+    ours, theirs = model(), model()
+    theirs.load_state_dict(ours.state_dict())
+    analog: Any = AnalogOptimizer(kind, ours.analog_layers, ours.parameters(), **options)
+    plain: Any = kind(theirs.parameters(), **options)
+    for round_ in range(3):
+        for net, optimizer in ((ours, analog), (theirs, plain)):
+
+            def closure(net: nn.Module = net, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(net)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        for layer in theirs.analog_layers():
+            layer.clip_weights()
+        if round_ == 1:
+            state = copy.deepcopy(analog.state_dict())
+            analog = AnalogOptimizer(kind, ours.analog_layers, ours.parameters(), **options)
+            analog.load_state_dict(state)
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_gradient_scaler_drives_it_and_skipped_steps_clip_nothing() -> None:
+    net = model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer = AnalogOptimizer(SGD, net.analog_layers, net.parameters(), lr=0.1)
+    before = net[0].weight.clone()
+    scaler.scale(loss_of(net)).backward()
+    net[0].weight.grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(net[0].weight, before)
+    optimizer.zero_grad()
+    scaler.scale(loss_of(net)).backward()
+    scaler.step(optimizer)
+    assert is_clipped(net[0], before)

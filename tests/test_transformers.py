@@ -145,7 +145,7 @@ def test_an_optimizer_of_other_parameters_ends_the_training(tmp_path: Path) -> N
     model = convert_to_analog(llama(), recipe())
     copies = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
     run = trainer(model, tmp_path, callbacks=[hugging_face.AnalogCallback()], optimizers=(SGD(copies, lr=0.1), None))
-    with pytest.raises(ValueError, match=r"optimizer: it does not step .*weight, whose layer clips it"):
+    with pytest.raises(ValueError, match="optimizer: SGD steps none of the 15 weights that are to be clipped"):
         run.train()
 
 
@@ -158,15 +158,14 @@ class Idle(SGD):
     step.hooked = True  # type: ignore[attr-defined]
 
 
-def test_an_optimizer_that_takes_no_steps_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hugging_face, "PATIENCE", 3)
+def test_an_optimizer_that_takes_no_steps_ends_the_training(tmp_path: Path) -> None:
     model = convert_to_analog(llama(), recipe())
     idle = Idle(model.parameters(), lr=0.1)
     run = trainer(model, tmp_path, steps=5, callbacks=[hugging_face.AnalogCallback()], optimizers=(idle, None))
-    with pytest.raises(RuntimeError, match=r"the trainer counted 3 steps, but the optimizer .* took none"):
+    with pytest.raises(RuntimeError, match="the analog weights were not clipped after step 1: "):
         run.train()
 
 
 def test_a_digital_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model: it has no analog layers"):
+    with pytest.raises(ValueError, match="model: this LlamaForCausalLM has no analog layers"):
         trainer(llama(), tmp_path, callbacks=[hugging_face.AnalogCallback()]).train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,50 +14,43 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from triton_analog.optim import AnalogOptimizer, Attachment, attach
+from triton_analog.optim import Attachment, attach
 from triton_analog.restore import restore_analog
-
-PATIENCE = 20
-"""Steps that a trainer may count before its optimizer takes one: a gradient scaler skips some while it looks for its scale."""
 
 
 class AnalogCallback(TrainerCallback):
-    """``Trainer(..., callbacks=[AnalogCallback()])``: the trainer's optimizer clips analog weights after each of its steps.
+    """``Trainer(model, args, callbacks=[AnalogCallback()], ...)``: clips analog weights after each step of its optimizer.
 
-    What :func:`triton_analog.optim.attach` does, for the time of a training. An :class:`AnalogOptimizer` that was handed to
-    the trainer is left as it is.
+    The same as :func:`triton_analog.optim.attach` from the beginning of the training to its end, with what is refused there;
+    an ``AnalogOptimizer`` that the trainer was given clips once all the same. A step that ends without the work raises.
 
-    Raises:
-        RuntimeError: the trainer counts steps, but its optimizer takes none that could be followed by a clip.
-        TypeError, ValueError: at the start of the training, as :func:`attach` does: the model has no analog layers, or the
-            optimizer steps others than the model's weights, as DeepSpeed's and other sharding ones do.
+    Args:
+        master: As for :func:`~triton_analog.optim.attach`.
     """
 
-    def __init__(self) -> None:
-        self._attachment: Attachment | None = None
+    def __init__(self, master: Mapping[Tensor, Tensor] | None = None) -> None:
+        self.master = master
+        self.attachment: Attachment | None = None
+        self._seen = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = kwargs.get("optimizer")
-        inner: Any = optimizer
-        while getattr(inner, "optimizer", None) is not None:
-            inner = inner.optimizer
-        if not isinstance(inner, AnalogOptimizer):
-            self._attachment = attach(kwargs["model"], optimizer)
-            self._first_step = state.global_step
+        self.attachment = attach(kwargs["model"], kwargs["optimizer"], self.master)
+        self._seen = self.attachment.steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._attachment is not None and self._attachment.steps == 0:
-            counted = state.global_step - self._first_step
-            if counted >= PATIENCE:
-                raise RuntimeError(
-                    f"the trainer counted {counted} steps, but the optimizer that AnalogCallback clips after took none: "
-                    "something else updates the weights, and they would never be clipped"
-                )
+        assert self.attachment is not None
+        optimizer = kwargs["optimizer"]
+        if self.attachment.steps == self._seen and not getattr(optimizer, "step_was_skipped", False):
+            raise RuntimeError(
+                f"the analog weights were not clipped after step {state.global_step}: {type(optimizer).__name__} has not called "
+                "the step of the optimizer inside, or that runs no hooks of torch.optim.Optimizer. Train with another one "
+                "(optim=, optimizers=), or without this callback and call model.clip_weights() after each step"
+            )
+        self._seen = self.attachment.steps
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
+        assert self.attachment is not None
+        self.attachment.remove()
 
 
 def from_pretrained(model_class: Any, directory: str | Path, *, dtype: torch.dtype | None = None) -> Any:

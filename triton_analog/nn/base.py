@@ -18,9 +18,7 @@ class AnalogLayerBase(nn.Module):
 
     def named_analog_layers(self) -> Iterator[tuple[str, AnalogLayerBase]]:
         """Name and layer of every analog layer at or below this module, each once, without containers."""
-        for name, module in self.named_modules():
-            if isinstance(module, AnalogLayerBase) and not module.IS_CONTAINER:
-                yield name, module
+        return named_analog_layers(self)
 
     def analog_layers(self) -> Iterator[AnalogLayerBase]:
         """Every analog layer at or below this module, each once, without containers."""
@@ -57,3 +55,10 @@ class AnalogLayerBase(nn.Module):
             if parameter is not None:
                 empty = torch.empty_like(parameter, device="meta")
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def named_analog_layers(module: nn.Module) -> Iterator[tuple[str, AnalogLayerBase]]:
+    """Name and layer of every analog layer at or below ``module``, which may be digital itself."""
+    for name, below in module.named_modules():
+        if isinstance(below, AnalogLayerBase) and not below.IS_CONTAINER:
+            yield name, below

@@ -318,31 +318,34 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         return self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone()
 
     @torch.no_grad()
-    def clip_weights(self) -> None:
-        """Clamp the stored weight to ``clip.sigma`` standard deviations of the matrix, or of each of its rows.
+    def clip_weights(self, master: Tensor | None = None) -> None:
+        """Clamp the stored weight to ``clip.sigma`` standard deviations of the matrix, or of each output's part of it.
 
         Only for the Gaussian kinds of clip; others do nothing here. The deviation is the unbiased one, in fp32. Nothing
         waits for the device.
+
+        Args:
+            master: A copy of the weight, of its shape, that an optimizer steps in its place. It is clamped, by its own
+                deviation, and the weight takes its values.
 
         Raises:
             ValueError: the weight is computed from other parameters, so that there is nothing to clamp.
         """
         self.note_clip()
-        if self.rpu_config.clip.type in GAUSSIAN_CLIP:
-            self.clip_like_weights(_stored_weight(self).detach())
-
-    @torch.no_grad()
-    def clip_like_weights(self, weight: Tensor) -> None:
-        """Clamp a tensor of the weight's shape, such as an optimizer's fp32 copy, as :meth:`clip_weights` clamps the weight;
-        for the Gaussian kinds of clip only."""
         clip = self.rpu_config.clip
+        if clip.type not in GAUSSIAN_CLIP:
+            return
+        weight = _stored_weight(self).detach()
+        stepped = weight if master is None else master.detach()
         per_channel = clip.type is not WeightClipType.LAYER_GAUSSIAN
         dims = tuple(dim for dim in range(weight.ndim) if not per_channel or dim != self.CHANNEL_DIM)
         if prod(weight.shape[dim] for dim in dims) < 2:
             return  # a single number has no deviation
-        wide = weight if weight.dtype == torch.float64 else weight.float()
+        wide = stepped if stepped.dtype == torch.float64 else stepped.float()
         bound = clip.sigma * wide.std(dim=dims, keepdim=True)
-        weight.clamp_(-bound, bound)
+        stepped.clamp_(-bound, bound)
+        if master is not None:
+            weight.copy_(stepped)
 
     @torch.no_grad()
     def quantize_weights(self) -> None:

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
+from triton_analog.masters import Masters
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.settings import GAUSSIAN_CLIP
 
-EMPTY: Mapping[int, Tensor] = MappingProxyType({})
 
-
-@torch.no_grad()
-def clip_each_weight(layers: Iterable[AnalogLayerBase], masters: Mapping[int, Tensor] = EMPTY) -> None:
+def clip_each_weight(layers: Iterable[AnalogLayerBase], masters: Masters | None = None) -> None:
     """Clip the weights of all ``layers``, one that several of them share only once for equal clips.
 
-    A clamp lowers the standard deviation, so that a second one would be tighter than the config says. Of a weight whose id is
-    in ``masters``, that copy is clipped, and the weight set to it.
+    A clamp lowers the standard deviation, so that a second one would be tighter than the config says. What has a master in
+    ``masters`` is clipped there, and the weight follows.
     """
     clipped = set()
     for layer in layers:
         if isinstance(layer, AnalogMatrixLayer):
-            clip, weight = layer.rpu_config.clip, layer._parameters.get("weight")
-            key = (id(weight), layer.CHANNEL_DIM, clip.type, clip.sigma)
+            clip = layer.rpu_config.clip
+            key = (id(layer._parameters.get("weight")), layer.CHANNEL_DIM, clip.type, clip.sigma)
             if key in clipped:
                 layer.note_clip()
                 continue
             clipped.add(key)
-            if weight is not None and id(weight) in masters and clip.type in GAUSSIAN_CLIP:
-                master = masters[id(weight)].detach().view_as(weight)
-                layer.clip_like_weights(master)
-                weight.copy_(master)
-                layer.note_clip()
+            if masters is not None and clip.type in GAUSSIAN_CLIP and masters.has(layer.weight):
+                master = masters.read(layer.weight)
+                layer.clip_weights(master)
+                masters.write(layer.weight, master)
                 continue
         layer.clip_weights()
 

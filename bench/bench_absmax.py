@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from conftest import SLICES, Race
 from torch import Tensor
 
+from bench.operations import SLICES, Race
 from triton_analog import ops, reference
 
 
@@ -17,5 +17,6 @@ def bench_absmax(size: int, normal: Callable[..., Tensor], race: Race) -> None:
             "op": lambda: ops.absmax(x, SLICES),
             "reference": lambda: reference.absmax(x, SLICES),
             "torch": lambda: x.view(size, SLICES, -1).abs().amax(2).T,
-        }
+        },
+        inputs=[x],
     )

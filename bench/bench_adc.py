@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from conftest import Race
 from torch import Tensor
 
+from bench.operations import Race
 from triton_analog import ops, reference
 
 
@@ -21,5 +21,6 @@ def bench_adc(size: int, normal: Callable[..., Tensor], seed: Tensor, race: Race
             "op": lambda: ops.adc(y, r, seed=seed, **settings),
             "reference": lambda: reference.adc(y, r, seed=seed, **settings)[0],
             "torch": lambda: (y + 0.04 * torch.randn_like(y)).clamp(-2, 2),
-        }
+        },
+        inputs=[y],
     )

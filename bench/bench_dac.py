@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from conftest import SLICES, Race
 from torch import Tensor
 
+from bench.operations import SLICES, Race
 from triton_analog import ops, reference
 
 
@@ -19,5 +19,6 @@ def bench_dac(size: int, normal: Callable[..., Tensor], race: Race) -> None:
             "op": lambda: ops.dac(x, r, SLICES, 2**8 - 2),
             "reference": lambda: reference.dac(x, r, SLICES, 2**8 - 2),
             "torch": lambda: x.clamp(-2, 2),
-        }
+        },
+        inputs=[x],
     )

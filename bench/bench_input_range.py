@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import SLICES, Race
 from torch import Tensor
 
+from bench.operations import SLICES, Race
 from triton_analog import ops, reference
 
 
@@ -20,7 +20,8 @@ def bench_input_range_grad(size: int, normal: Callable[..., Tensor], race: Race)
             "op": lambda: ops.input_range_grad(grad, x, r, SLICES),
             "reference": lambda: reference.input_range_grad(grad, x, r, SLICES),
             "torch": lambda: torch.where(x.abs() <= 2, grad, 0),
-        }
+        },
+        inputs=[x, grad],
     )
 
 
@@ -29,7 +30,10 @@ def bench_input_range_learn(size: int, normal: Callable[..., Tensor], race: Race
     x = normal(size, size)
     r = torch.full((SLICES,), 2.0, device=x.device)
     count = torch.zeros(SLICES, dtype=torch.int64, device=x.device)
-    race({**learning(x, r, count), "torch": lambda: torch.stack([part.std() for part in x.chunk(SLICES, dim=1)])})
+    race(
+        {**learning(x, r, count), "torch": lambda: torch.stack([part.std() for part in x.chunk(SLICES, dim=1)])},
+        inputs=[x],
+    )
 
 
 def bench_input_range_learn_after_the_start_up(size: int, normal: Callable[..., Tensor], race: Race) -> None:
@@ -62,5 +66,6 @@ def bench_extrema(size: int, normal: Callable[..., Tensor], race: Race) -> None:
             "op": lambda: ops.extrema(x, SLICES),
             "reference": lambda: reference.extrema(x, SLICES),
             "torch": lambda: torch.stack(x.view(size, SLICES, -1).aminmax(dim=2)).amax(1),
-        }
+        },
+        inputs=[x],
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from conftest import SLICES, Race
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.operations import SLICES, Race
 from triton_analog import ops, reference
 
 
@@ -23,5 +23,7 @@ def bench_matmul(size: int, normal: Callable[..., Tensor], seed: Tensor, race: R
             "op": lambda: ops.matmul(x, w, bias, r, SLICES, **converters, **noise),
             "reference": lambda: reference.matmul(x, w, bias, r, SLICES, **converters, **noise),
             "torch": lambda: linear(x, w, bias),
-        }
+        },
+        inputs=[x, w],
+        flops=2 * size**3,
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from conftest import Race
 from torch import Tensor
 
+from bench.operations import Race
 from triton_analog import ops, reference
 
 

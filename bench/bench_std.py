@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from conftest import SLICES, Race
 from torch import Tensor
 
+from bench.operations import SLICES, Race
 from triton_analog import ops, reference
 
 
@@ -18,5 +18,6 @@ def bench_std(size: int, normal: Callable[..., Tensor], race: Race) -> None:
             "op": lambda: ops.std(x, SLICES),
             "reference": lambda: reference.std(x, SLICES),
             "torch": lambda: torch.stack([part.std() for part in x.chunk(SLICES, dim=1)]),
-        }
+        },
+        inputs=[x],
     )

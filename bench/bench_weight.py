@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from conftest import SLICES, Race
 from torch import Tensor
 
+from bench.operations import SLICES, Race
 from triton_analog import ops, reference
 
 QUANTIZED = {"quantization": "per_channel", "res": 2**8 - 2}
@@ -22,7 +22,8 @@ def bench_weight(size: int, normal: Callable[..., Tensor], seed: Tensor, race: R
             "op": lambda: ops.weight(w, SLICES, seed=seed, **settings),
             "reference": lambda: reference.weight(w, SLICES, seed=seed, **settings),
             "torch": lambda: w + 0.05 * w.abs().amax(1, keepdim=True) * torch.randn_like(w),
-        }
+        },
+        inputs=[w],
     )
 
 
@@ -34,7 +35,8 @@ def bench_weight_without_noise(size: int, normal: Callable[..., Tensor], race: R
             "op": lambda: ops.weight(w, SLICES, **QUANTIZED),
             "reference": lambda: reference.weight(w, SLICES, **QUANTIZED),
             "torch": w.clone,
-        }
+        },
+        inputs=[w],
     )
 
 
@@ -47,7 +49,8 @@ def bench_weight_per_tensor(size: int, normal: Callable[..., Tensor], seed: Tens
             "op": lambda: ops.weight(w, SLICES, seed=seed, **settings),
             "reference": lambda: reference.weight(w, SLICES, seed=seed, **settings),
             "torch": lambda: w + 0.05 * w.abs().amax() * torch.randn_like(w),
-        }
+        },
+        inputs=[w],
     )
 
 
@@ -59,7 +62,8 @@ def bench_weight_as_integers(size: int, normal: Callable[..., Tensor], race: Rac
             "op": lambda: ops.weight(w, SLICES, dtype=torch.int8, **QUANTIZED),
             "reference": lambda: reference.weight(w, SLICES, dtype=torch.int8, **QUANTIZED),
             "torch": lambda: w.to(torch.int8),
-        }
+        },
+        inputs=[w],
     )
 
 
@@ -72,5 +76,6 @@ def bench_weight_grad(size: int, normal: Callable[..., Tensor], race: Race) -> N
             "op": lambda: ops.weight_grad(grad, w, clip, SLICES, **QUANTIZED),
             "reference": lambda: reference.weight_grad(grad, w, clip, SLICES, **QUANTIZED),
             "torch": lambda: torch.where(w.abs() <= 2, grad, 0),
-        }
+        },
+        inputs=[w, grad],
     )

@@ -1,0 +1,54 @@
+"""What can be counted exactly: bytes kept for the backward, and on a GPU peak memory and launched kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+
+def saved_bytes(forward: Callable[[], Any], already_there: Iterable[Tensor]) -> int:
+    """Bytes that ``forward`` saves for its backward: each distinct storage once, without those of ``already_there``
+    (parameters, buffers, the input), which exist in any case."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # kept until everything is counted, so that no address is used twice
+    there = {tensor.untyped_storage().data_ptr() for tensor in already_there}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    del result
+    return sum(size for address, size in storages.items() if address not in there)
+
+
+def peak_bytes(step: Callable[[], Any]) -> int | None:
+    """Most device memory that a step takes on top of what is there before it. Not counted on a CPU: None."""
+    if not torch.cuda.is_available():
+        return None
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def kernel_launches(step: Callable[[], Any]) -> int | None:
+    """Kernels that a step runs on the GPU, copies and fills left out. Not counted on a CPU: None."""
+    if not torch.cuda.is_available():
+        return None
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    on_device = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)

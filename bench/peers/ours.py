@@ -1,0 +1,20 @@
+"""This library."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from bench.peers.base import Peer
+from bench.recipes import Recipe, filled
+from triton_analog import AnalogOptimizer, TorchInferenceRPUConfig, convert_to_analog
+
+
+class Ours(Peer):
+    name = "triton_analog"
+
+    def convert(self, digital: nn.Module, recipe: Recipe) -> nn.Module:
+        return convert_to_analog(digital, filled(TorchInferenceRPUConfig(), recipe), inplace=True).train()
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        return AnalogOptimizer(AdamW, model.analog_layers, model.parameters(), lr=0.0, weight_decay=0.0)  # type: ignore[union-attr]

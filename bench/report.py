@@ -1,0 +1,233 @@
+"""Results as Markdown: a report beside them, and the README's section."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.machine import ROOT
+from bench.run import RESULTS
+
+OURS, IDEAL, PREDECESSOR = "triton_analog", "torch.nn", "aihwkit-lightning"
+PREDECESSORS = (PREDECESSOR, f"{PREDECESSOR} (Triton)")
+BEGIN, END = "<!-- bench: written by python -m bench readme -->", "<!-- bench: end -->"
+
+Record = dict[str, Any]
+
+
+def read(folder: Path) -> Record:
+    """The results in ``folder``.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; python -m bench run --out {folder} writes it")
+    return json.loads(path.read_text("utf-8"))
+
+
+def on_cpu(record: Record) -> bool:
+    return record["environment"]["device"] == "cpu"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def mebibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.2f}"
+
+
+def by_workload(record: Record, suites: Sequence[str]) -> dict[tuple[str, str], dict[str, Record]]:
+    """Results by group and workload, then by contender."""
+    found: dict[tuple[str, str], dict[str, Record]] = {}
+    for result in record["results"]:
+        if result["suite"] in suites:
+            found.setdefault((result["group"], result["workload"]), {})[result["contender"]] = result
+    return found
+
+
+def multiple(result: Record | None, of: str) -> str:
+    """The time as a multiple of another's with its quartiles; or why there is none."""
+    if result is None:
+        return ""
+    if result["status"] != "ok":
+        return result["status"]
+    if of == result["contender"]:
+        return "1"
+    if of not in result["ratios"]:
+        return ""
+    first, middle, third = result["ratios"][of]
+    mark = " *" if result["defects"] else ""
+    return f"{middle:.2f} ({first:.2f} to {third:.2f}){mark}"
+
+
+def contenders(record: Record, suites: Sequence[str]) -> list[str]:
+    """In the order of their first turn."""
+    return list(dict.fromkeys(r["contender"] for r in record["results"] if r["suite"] in suites))
+
+
+def time_table(record: Record) -> str:
+    """Layers and models: every contender's step as a multiple of the digital one's, and ours of the predecessor's."""
+    suites = ("layers", "models")
+    names = [name for name in contenders(record, suites) if name != IDEAL and name not in record["absent"]]
+    beaten = [name for name in PREDECESSORS if name in names]
+    rows = [
+        [f"{group}: {workload}", *(multiple(found.get(name), IDEAL) for name in names)]
+        + [multiple(found.get(OURS), other) for other in beaten]
+        for (group, workload), found in by_workload(record, suites).items()
+    ]
+    return table(["", *names, *(f"{OURS} / {other}" for other in beaten)], rows)
+
+
+def memory_table(record: Record) -> str:
+    """MiB that a forward keeps for its backward beyond parameters and input; on a GPU also the step's peak and launches."""
+    suites = ("layers", "models")
+    names = [name for name in contenders(record, suites) if name not in record["absent"]]
+    columns = {"saved": "saved_bytes"} | ({} if on_cpu(record) else {"peak": "peak_bytes"})
+    rows = []
+    for (group, workload), found in by_workload(record, suites).items():
+        cells = [mebibytes(found[n][field]) if n in found else "" for field in columns.values() for n in names]
+        launches = [] if on_cpu(record) else [str(found[n]["launches"] or "") if n in found else "" for n in names]
+        rows.append([f"{group}: {workload}", *cells, *launches])
+    headings = [f"{name}, {kind}" for kind in columns for name in names]
+    headings += [] if on_cpu(record) else [f"{name}, launches" for name in names]
+    return table(["MiB", *headings], rows)
+
+
+def operations_table(record: Record) -> str:
+    """Operations: their time as a multiple of plain torch's nearest, and what that is of the machine's ceilings."""
+    ceiling = record["ceilings"]
+    rows = []
+    for (_, workload), found in by_workload(record, ("ops",)).items():
+        ours = found[OURS]
+        rows.append(
+            [
+                workload,
+                multiple(ours, "plain torch"),
+                "" if ours["gb_s"] is None else f"{ours['gb_s'] / ceiling['copy_gb_s']:.0%}",
+                "" if ours["gflop_s"] is None else f"{ours['gflop_s'] / ceiling['matmul_gflop_s']:.0%}",
+            ]
+        )
+    return table(["", "time / plain torch", "of a copy's bandwidth", "of a product's FLOP/s"], rows)
+
+
+def rates_table(record: Record) -> str:
+    """Absolute figures, of a GPU that nobody else uses."""
+    rows = [
+        [
+            result["workload"], result["contender"], f"{1e3 * result['seconds'][1]:.3f}",
+            "" if result["gflop_s"] is None else f"{result['gflop_s'] / 1e3:.1f}",
+            "" if result["gflop_s"] is None else f"{result['gflop_s'] / record['ceilings']['matmul_gflop_s']:.0%}",
+        ]
+        for result in record["results"]
+        if result["seconds"]
+    ]  # fmt: skip
+    return table(["", "", "ms", "TFLOP/s", "of a plain product"], rows)
+
+
+def notes(record: Record) -> str:
+    """Who was absent, what failed, and the known defects behind every mark."""
+    lines = [f"- {name} did not take part: {why}" for name, why in record["absent"].items()]
+    for result in record["results"]:
+        if result["status"] in ("FAILED", "unsupported") or (result["status"] == "not run" and result["suite"] == ""):
+            lines.append(
+                f"- {result['workload']}, {result['contender']}: {result['status']}: {one_line(result['detail'])}"
+            )
+    for result in record["results"]:
+        if result["defects"]:
+            lines.append(f"- \\* {result['workload']}, {result['contender']}: {'; '.join(result['defects'])}")
+    return "\n".join(lines) + "\n"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def figures(record: Record) -> list[str]:
+    """What was aimed at, and whether it was reached."""
+    lines, layers = [], by_workload(record, ("layers",))
+    for other in PREDECESSORS:
+        pairs = {
+            f"{group}: {workload}": found[OURS]["ratios"][other][1]
+            for (group, workload), found in layers.items()
+            if OURS in found and other in found[OURS]["ratios"]
+        }
+        if pairs:
+            slower = {name: value for name, value in pairs.items() if value > 1}
+            text = ", ".join(f"{name} ({value:.2f})" for name, value in slower.items())
+            lines.append(f"Time against {other}: not slower in {len(pairs) - len(slower)} of {len(pairs)} races"
+                         + (f"; slower in {text}" if slower else ""))  # fmt: skip
+        kept = {
+            workload: (found[OURS]["saved_bytes"], found[other]["saved_bytes"])
+            for (_, workload), found in layers.items()
+            if OURS in found
+            and other in found
+            and found[OURS]["saved_bytes"] is not None
+            and found[other]["saved_bytes"]
+        }
+        if kept:
+            worst = max(kept, key=lambda name: kept[name][0] / kept[name][1])
+            share = kept[worst][0] / kept[worst][1]
+            lines.append(f"Bytes kept for the backward, against {other}: at most {share:.1%} ({worst})")
+    return lines
+
+
+def setting(record: Record) -> str:
+    about = record["environment"]
+    where = f"a CPU with {about['threads']} threads" if on_cpu(record) else about["device"].replace("_", " ")
+    return f"{where}, PyTorch {about['torch']}, Triton {about['triton']}, revision {about['revision']}, {about['date'][:10]}"
+
+
+TIMES = (
+    "Time of a training step as a multiple of the digital layer's in the same round: median (quartiles). The last columns "
+    "divide ours by the predecessor's."
+)
+MEMORY = "Kept for the backward beyond parameters and input:"
+
+
+def markdown(record: Record) -> str:
+    """The whole report."""
+    parts = [f"# Benchmarks: {setting(record)}\n"]
+    if not on_cpu(record):
+        ceiling = record["ceilings"]
+        parts.append(
+            f"Measured ceilings: copy {ceiling['copy_gb_s']:.0f} GB/s, product {ceiling['matmul_gflop_s'] / 1e3:.0f} TFLOP/s.\n"
+        )
+    lines = figures(record)
+    parts += ["\n".join(f"- {text}" for text in lines) + "\n"] if lines else []
+    if by_workload(record, ("layers", "models")):
+        parts += ["## Layers and models\n", TIMES + "\n", time_table(record), MEMORY + "\n", memory_table(record)]
+    if by_workload(record, ("ops",)):
+        parts += ["## Operations\n", operations_table(record)]
+    if not on_cpu(record):
+        parts += ["## Rates\n", rates_table(record)]
+    return "\n".join([*parts, "## Notes\n", notes(record)])
+
+
+def readme_section(folder: Path) -> str:
+    """What stands between the README's two marks: GPUs first."""
+    records = [(path.parent, read(path.parent)) for path in sorted(folder.glob(f"*/{RESULTS}"))]
+    parts = []
+    for place, record in sorted(records, key=lambda pair: (on_cpu(pair[1]), pair[0].name)):
+        parts += [f"### {setting(record)}\n", *(f"- {text}." for text in figures(record)), ""]
+        parts += [TIMES + "\n", time_table(record), MEMORY + "\n", memory_table(record)]
+        where = place.relative_to(ROOT).as_posix() if place.is_relative_to(ROOT) else place.name
+        parts += [f"[{where}/report.md]({where}/report.md) has everything, failures and absences included.\n"]
+    return "\n".join(parts)
+
+
+def with_section(text: str, section: str) -> str:
+    """``text`` with the part between the marks replaced.
+
+    Raises:
+        ValueError: the marks are not there, once each.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README: the marks {BEGIN} and {END} have to stand in it once each")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n\n{section}\n{END}{rest.split(END)[1]}"

@@ -44,7 +44,7 @@ def lines_of(record: Record, field: Any) -> dict[str, dict[str, dict[int, float]
     """``field(result)`` by group, contender and size, of groups with more than one size."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for result in record["results"]:
-        value = field(result) if result["suite"] == "layers" else None
+        value = field(result) if result["suite"] == "layers" and result["size"] else None
         if value is not None:
             found.setdefault(result["group"], {}).setdefault(result["contender"], {})[result["size"]] = value
     return {
@@ -61,7 +61,8 @@ def panels(plt: Any, lines: dict[str, Any], colours: dict[str, str], label: str,
         for name, line in contenders.items():
             sizes = sorted(line)
             axis.plot(sizes, [line[size] for size in sizes], marker="o", ms=4, lw=1.6, color=colours[name], label=name)
-        axis.set(title=group, xlabel="inputs of the layer")
+        title, _, size = group.rpartition(", by ")
+        axis.set(title=title, xlabel=size)
         axis.title.set_fontsize(10)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)

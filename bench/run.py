@@ -104,7 +104,7 @@ def races(plan: Plan, base: OtherRevision) -> Iterator[tuple[str, Callable[[], l
         if workload.suite in plan.suites:
             yield f"{workload.group}: {workload.name}", partial(race_workload, workload, PEERS, plan, base)
     if "ops" in plan.suites:
-        sizes = (1024, 4096) if plan.device.type == "cuda" else (256, 1024)
+        sizes = (256, 1024) if plan.device.type == "cpu" else (4096,) if plan.quick else (1024, 4096)
         for name, operation in operations().items():
             for size in sizes:
                 yield f"{name} {size}", partial(race_operation, operation, size, plan, base)
@@ -122,7 +122,7 @@ def failed(result: Result, error: Exception) -> Result:
 
 def race_workload(workload: Workload, peers: Sequence[Peer], plan: Plan, base: OtherRevision) -> list[Result]:
     """The gate, what is counted, then the race of those that passed."""
-    entry = partial(Result, workload.suite, workload.group, workload.name.strip(), workload.size)
+    entry = partial(Result, workload.suite, workload.group, workload.name, workload.size)
     truth = truth_of(workload, plan.device)
     found: dict[str, Result] = {}
     turns: dict[str, Turn] = {}

@@ -23,7 +23,7 @@ class Workload:
     group: str
     """Workloads of a group are one line in a plot."""
     size: int
-    """Where it is on that line."""
+    """Where it is on that line; 0: on none."""
     build: Callable[[], nn.Module]
     input: Callable[[], Tensor]
     recipe: Recipe
@@ -44,42 +44,68 @@ class Workload:
     def least_bytes(self) -> int:
         """What the three products of forward and backward have to move: every operand and every result once."""
         rows, k, n = self.rows, self.inputs, self.outputs
-        return 3 * (rows * k + n * k + rows * n) * self.dtype.itemsize
-
-
-def linear(
-    group: str, name: str, rows: int, inputs: int, outputs: int, recipe: Recipe, dtype: torch.dtype, **options: bool
+        return 3 * (rows * k + n * k + rows * n) * self.dtypedef linear(
+    group: str,
+    name: str,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    size: int = 0,
+    **options: bool,
 ) -> Workload:
     return Workload(
-        name, "layers", group, inputs,
+        name, "layers", group, size,
         lambda: nn.Linear(inputs, outputs), lambda: torch.randn(rows, inputs), recipe, dtype,
         inputs=inputs, outputs=outputs, rows=rows, flops=6.0 * rows * inputs * outputs,
         tolerance=1e-2 if dtype == torch.float32 else 3e-2, **options,
     )  # fmt: skip
 
 
-def lightnings_own(sizes: tuple[int, ...], dtype: torch.dtype, compiled: int) -> list[Workload]:
+def lightnings_own(sizes: tuple[int, ...], dtype: torch.dtype) -> list[Workload]:
     """Square layers, 512 rows, forward, backward and AdamW step, on one tile and on tiles of 512 inputs."""
     return [
         linear(
-            f"Lightning's own, {'one tile' if tile < 0 else f'tiles of {tile}'}",
+            f"Lightning's own, {'one tile' if tile < 0 else f'tiles of {tile}'}, by inputs",
             f"{size} x {size}, {'one tile' if tile < 0 else f'{size // tile} slices'}",
-            512, size, size, {**LIGHTNING, "mapping.max_input_size": tile}, dtype,
-            steps=True, compiled=size == compiled,
+            512, size, size, {**LIGHTNING, "mapping.max_input_size": tile}, dtype, size,
+            steps=True, compiled=size == sizes[0],
         )
         for tile in (-1, 512)
         for size in sizes
     ]  # fmt: skip
 
 
-def language_models(shapes: list[tuple[str, int, int, int]], dtype: torch.dtype, compiled: str) -> list[Workload]:
-    """Layers of language models with everything on: model, rows, inputs, outputs."""
+def squares(sizes: tuple[int, ...], dtype: torch.dtype) -> list[Workload]:
+    """The same layers with everything on, forward and backward."""
     return [
         linear(
-            "everything on, tiles of 512", f"{model}: {rows} x {inputs} to {outputs}",
-            rows, inputs, outputs, EVERYTHING, dtype, compiled=model == compiled,
+            "everything on, tiles of 512, by inputs", f"512 x {size} to {size}, {size // 512} slices",
+            512, size, size, EVERYTHING, dtype, size, compiled=size == sizes[0],
         )
-        for model, rows, inputs, outputs in shapes
+        for size in sizes
+    ]  # fmt: skip
+
+
+def by_rows(rows: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype) -> list[Workload]:
+    """One layer of a language model with everything on, forward and backward, for more and more tokens."""
+    return [
+        linear(
+            f"everything on, {inputs} to {outputs}, by rows", f"{count} x {inputs} to {outputs}, {inputs // 512} slices",
+            count, inputs, outputs, EVERYTHING, dtype, count, compiled=count == rows[-1],
+        )
+        for count in rows
+    ]  # fmt: skip
+
+
+def language_models(shapes: list[tuple[str, int, int, int]], dtype: torch.dtype) -> list[Workload]:
+    """Layers of language models with everything on, forward and backward: model, rows, inputs, outputs."""
+    return [
+        linear(
+            "everything on", f"{name}, {rows} x {inputs} to {outputs}", rows, inputs, outputs, EVERYTHING, dtype
+        )
+        for name, rows, inputs, outputs in shapes
     ]  # fmt: skip
 
 
@@ -90,7 +116,7 @@ def flagship(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Worklo
 
 def convolution(channels: int, side: int, batch: int, dtype: torch.dtype) -> Workload:
     return Workload(
-        f"{batch} x {channels} x {side} x {side}, 3 x 3", "layers", "convolution, everything on", channels,
+        f"{batch} x {channels} x {side} x {side}, 3 x 3", "layers", "convolution, everything on", 0,
         lambda: nn.Conv2d(channels, channels, 3, padding=1), lambda: torch.randn(batch, channels, side, side),
         EVERYTHING, dtype, flops=6.0 * batch * side**2 * channels**2 * 9,
         tolerance=1e-2 if dtype == torch.float32 else 3e-2,
@@ -99,7 +125,7 @@ def convolution(channels: int, side: int, batch: int, dtype: torch.dtype) -> Wor
 
 def lstm(features: int, batch: int, length: int, dtype: torch.dtype) -> Workload:
     return Workload(
-        f"{length} steps x {batch} x {features}", "layers", "LSTM, everything on", features,
+        f"{length} steps x {batch} x {features}", "layers", "LSTM, everything on", 0,
         lambda: nn.LSTM(features, features), lambda: torch.randn(length, batch, features),
         EVERYTHING, dtype, flops=6.0 * batch * length * 8 * features**2,
         tolerance=2e-2 if dtype == torch.float32 else 1e-1,
@@ -107,9 +133,8 @@ def lstm(features: int, batch: int, length: int, dtype: torch.dtype) -> Workload
 
 
 def model(shape: Transformer, batch: int, length: int, dtype: torch.dtype) -> Workload:
-    tokens = batch * length
     return Workload(
-        f"{shape.name}, {batch} x {length} tokens", "models", shape.name, tokens,
+        f"{shape.name}, {batch} x {length} tokens", "models", "model", 0,
         shape.build, lambda: torch.randint(shape.vocabulary, (batch, length)), EVERYTHING, dtype,
         steps=True, flops=shape.flops(batch, length), tolerance=5e-2 if dtype == torch.float32 else 0.25,
     )  # fmt: skip
@@ -119,35 +144,35 @@ def cpu_workloads() -> list[Workload]:
     """What two cores do within minutes."""
     dtype = torch.float32
     return [
-        *lightnings_own((1024, 2048, 3072, 4608), dtype, compiled=1024),
-        *language_models(
-            [("SmolLM2-135M", 2048, 576, 1536), ("SmolLM2-135M", 2048, 1536, 576), ("square", 512, 1024, 1024),
-             ("square ", 512, 2048, 2048)],
-            dtype, "square",
-        ),
+        *lightnings_own((1024, 2048, 3072, 4608), dtype),
+        *squares((1024, 2048), dtype),
+        *language_models([("SmolLM2-135M", 2048, 576, 1536), ("SmolLM2-135M", 2048, 1536, 576)], dtype),
         flagship(512, 1024, 1024, dtype),
         convolution(64, 16, 16, dtype),
         lstm(128, 16, 16, dtype),
         model(SMALL_DECODER, 2, 64, dtype),
         model(SMALL_ENCODER, 8, 32, dtype),
-    ]  # fmt: skip
+    ]
 
 
 def gpu_workloads(quick: bool) -> list[Workload]:
     """The sizes that the field is measured at; ``quick`` leaves the ends of each line."""
-    half, wide = torch.bfloat16, torch.float16
+    brain, half = torch.bfloat16, torch.float16
     shapes = [
-        ("Llama-8B", 8192, 4096, 4096), ("SmolLM2-135M", 8192, 576, 1536), ("Llama-1B", 8192, 2048, 8192),
-        ("Phi-3-mini", 2048, 8192, 3072), ("Llama-8B ", 16384, 4096, 14336),
-    ]  # fmt: skip
+        ("SmolLM2-135M", 8192, 576, 1536),
+        ("Llama-1B", 8192, 2048, 8192),
+        ("Phi-3-mini", 4096, 8192, 3072),
+        ("Llama-8B", 8192, 4096, 14336),
+    ]
     return [
-        *language_models(shapes[:2] if quick else shapes, half, "Llama-8B"),
-        *lightnings_own((1024, 4608) if quick else (1024, 2048, 3072, 4608), wide, compiled=1024),
-        flagship(8192, 3072, 8192, half),
-        convolution(128, 32, 64, half),
-        lstm(512, 64, 32, half),
-        model(SMOLLM2, 8, 1024, half),
-        model(ENCODER, 64, 128, half),
+        *by_rows((2048, 8192) if quick else (2048, 8192, 16384), 4096, 4096, brain),
+        *lightnings_own((1024, 4608) if quick else (1024, 2048, 3072, 4608), half),
+        flagship(8192, 3072, 8192, brain),
+        *language_models(shapes[:2] if quick else shapes, brain),
+        convolution(128, 32, 64, brain),
+        lstm(512, 64, 32, brain),
+        model(SMOLLM2, 8, 1024, brain),
+        model(ENCODER, 64, 128, brain),
     ]
 
 

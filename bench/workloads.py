@@ -44,7 +44,10 @@ class Workload:
     def least_bytes(self) -> int:
         """What the three products of forward and backward have to move: every operand and every result once."""
         rows, k, n = self.rows, self.inputs, self.outputs
-        return 3 * (rows * k + n * k + rows * n) * self.dtypedef linear(
+        return 3 * (rows * k + n * k + rows * n) * self.dtype.itemsize
+
+
+def linear(
     group: str,
     name: str,
     rows: int,

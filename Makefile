@@ -30,11 +30,11 @@ test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and trai
 test-models: .venv/models  ## convert, run, save and export SmolLM2 and MiniLM (downloads 180 MB; some minutes)
 	.venv/bin/python -m pytest -s tests/test_real_models.py
 
-bench: .venv/bench  ## time every operation (BENCH_ARGS)
-	.venv/bin/python -m pytest bench $(BENCH_ARGS)
+bench: .venv/peers  ## race layers, models and operations against the peers (BENCH_ARGS)
+	.venv/bin/python -m bench run $(BENCH_ARGS)
 
 clean:  ## remove the environments and everything generated
-	rm -rf .venv .venv-oldest out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-oldest out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/ready: constraints.txt pyproject.toml
@@ -42,10 +42,6 @@ clean:  ## remove the environments and everything generated
 
 .venv-oldest/ready: constraints-oldest.txt pyproject.toml
 	$(call install,.venv-oldest,constraints-oldest.txt)
-
-.venv/bench: .venv/ready
-	.venv/bin/pip install -q -c .venv/constraints.txt pytest-benchmark
-	@touch $@
 
 # Without their dependencies: AIHWKIT's would replace torch. What their torch tiles really import is named instead.
 .venv/peers: .venv/ready

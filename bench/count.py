@@ -28,9 +28,9 @@ def saved_bytes(forward: Callable[[], Any], already_there: Iterable[Tensor]) -> 
     return sum(size for address, size in storages.items() if address not in there)
 
 
-def peak_bytes(step: Callable[[], Any]) -> int | None:
+def peak_bytes(step: Callable[[], Any], device: torch.device) -> int | None:
     """Most device memory that a step takes on top of what is there before it. Not counted on a CPU: None."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return None
     step()
     torch.cuda.synchronize()
@@ -41,9 +41,9 @@ def peak_bytes(step: Callable[[], Any]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def kernel_launches(step: Callable[[], Any]) -> int | None:
+def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None:
     """Kernels that a step runs on the GPU, copies and fills left out. Not counted on a CPU: None."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return None
     step()
     torch.cuda.synchronize()

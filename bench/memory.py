@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.recipes import Recipe
-from triton_analog.reference import mask_shape, num_slices
+from triton_analog import reference
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ class Kept:
     forward: int
     """Allocated beside that at the height of the forward, the output included."""
     backward: int
-    """Allocated beside what is kept at the height of the backward, the gradients of input and weight included."""
+    """Allocated beside what is kept at the height of the backward: output and gradients of input and weight included."""
 
     @property
     def peak(self) -> int:
-        """Of forward and backward of one layer, without parameters and input."""
+        """Of forward and backward of one layer, without parameters and input: an estimate, which a run on a GPU lists beside
+        the measured one."""
         return self.saved + max(self.forward, self.backward)
 
 
@@ -70,19 +71,18 @@ def _has_adc(recipe: Recipe) -> bool:
 
 def linear(rows: int, k: int, n: int, recipe: Recipe, size: int) -> Kept:
     """``torch.nn.functional.linear`` keeps its input and its weight (``derivatives.yaml``: linear)."""
-    gradients = (rows * k + n * k) * size
-    return Kept(0, rows * k * size, rows * n * size, gradients)
+    return Kept(0, rows * k * size, rows * n * size, (rows * n + rows * k + n * k) * size)
 
 
 def ours(rows: int, k: int, n: int, recipe: Recipe, size: int) -> Kept:
     """``triton_analog/functional.py``, ``ctx.save_for_backward``: the input, or one byte and two bits of each of its elements;
     the seed; and with an ADC a bit per product and slice. Weights are disturbed again in the backward."""
-    slices = num_slices(k, recipe.get("mapping.max_input_size", -1))
+    slices = reference.num_slices(k, recipe.get("mapping.max_input_size", -1))
     seed = 8 if _noisy_weight(recipe) or recipe.get("forward.out_noise", 0) > 0 else 0
     kept = seed
     if _has_adc(recipe):
         words = 1
-        for extent in mask_shape(slices, rows, n):
+        for extent in reference.mask_shape(slices, rows, n):
             words *= extent
         kept += 4 * words
     full = recipe.get("forward.save_input", "FULL") == "FULL"
@@ -94,45 +94,40 @@ def ours(rows: int, k: int, n: int, recipe: Recipe, size: int) -> Kept:
         kept,
         rows * k * size if full else 0,
         rows * n * size + weight + converted,  # output, noisy weight, the converter's integers
-        (rows * k + n * k) * size + weight + converted,  # two gradients, and the same two again
+        (rows * n + rows * k + n * k) * size + weight + converted,  # output, two gradients, and the same two again
     )
 
 
 def lightning(rows: int, k: int, n: int, recipe: Recipe, size: int) -> Kept:
     """``torch_linear.py`` of AIHWKIT-Lightning 2.1.0, per slice: three boolean masks of the input (clamped in
     ``StraightThroughClamp``, both ends in ``InputRangeForward``) and its converted copy; ``|W|`` behind ``amax``; the noisy
-    copy of the weight; and with an output bound the slice's output, which ``clamp`` keeps."""
-    slices = num_slices(k, recipe.get("mapping.max_input_size", -1))
+    copy of the weight; and with an output bound the slice's output and both bounds, which ``clamp`` keeps."""
+    slices = reference.num_slices(k, recipe.get("mapping.max_input_size", -1))
     masks_and_copy = rows * k * (3 + size)
     scaled = _noisy_weight(recipe) or _has_adc(recipe) or recipe.get("forward.out_noise", 0) > 0
     weights = n * k * size * (int(scaled) + int(_noisy_weight(recipe)))
+    largest = slices * n * size if scaled else 0  # the result of amax, which its own backward needs
     outputs = slices * rows * n * size if _has_adc(recipe) else 0
     clipped = "PER_CHANNEL" in recipe.get("clip.type", "")
-    bounds = slices * (n if clipped else 1) * size if _has_adc(recipe) else 0
+    bounds = 2 * slices * (n if clipped else 1) * size if _has_adc(recipe) else 0
     widest = -(-k // slices)
     return Kept(
-        masks_and_copy + weights + outputs + bounds + _amax_bytes(slices, n, recipe, size),
+        masks_and_copy + weights + largest + outputs + bounds,
         0,
         2 * rows * n * size + 2 * n * widest * size,
-        (rows * k + n * k) * size + (rows + n) * widest * size,
-    )
-
-
-def _amax_bytes(slices: int, n: int, recipe: Recipe, size: int) -> int:
-    """The result of ``amax``, which its own backward needs."""
-    return (
-        slices * n * size if _noisy_weight(recipe) or _has_adc(recipe) or recipe.get("forward.out_noise", 0) > 0 else 0
+        (rows * n + rows * k + n * k) * size + (rows + n) * widest * size,
     )
 
 
 def lightning_triton(rows: int, k: int, n: int, recipe: Recipe, size: int) -> Kept:
     """``triton_linear.py`` of AIHWKIT-Lightning 2.1.0, ``ctx.save_for_backward``: the input, and an input range per element."""
-    slices = num_slices(k, recipe.get("mapping.max_input_size", -1))
+    slices = reference.num_slices(k, recipe.get("mapping.max_input_size", -1))
     ranges = slices**2 * rows * size  # one per row, repeated for each pair of slices
     masks = 2 * rows * k
-    return Kept(
-        rows * k * size, rows * k * size, rows * n * size + ranges, (rows * k + n * k) * size + rows * k * size + masks
-    )
+    gradients = (rows * k + n * k) * size
+    converted = rows * k * size
+    outputs = rows * n * size
+    return Kept(rows * k * size, rows * k * size, outputs + ranges, outputs + gradients + converted + masks)
 
 
 FORMULAS = {

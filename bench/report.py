@@ -51,6 +51,11 @@ def by_workload(record: Record, suites: Sequence[str]) -> dict[tuple[str, str], 
     return found
 
 
+def label(group: str, workload: str) -> str:
+    """Of a row: what comes after the group's first comma is in the workload's name, or only sorts it into a plot."""
+    return f"{group.partition(',')[0]}: {workload}"
+
+
 def multiple(result: Record | None, of: str) -> str:
     """The time as a multiple of another's with its quartiles; or why there is none."""
     if result is None:
@@ -77,7 +82,7 @@ def time_table(record: Record) -> str:
     names = [name for name in contenders(record, suites) if name != IDEAL and name not in record["absent"]]
     beaten = [name for name in PREDECESSORS if name in names]
     rows = [
-        [f"{group}: {workload}", *(multiple(found.get(name), IDEAL) for name in names)]
+        [label(group, workload), *(multiple(found.get(name), IDEAL) for name in names)]
         + [multiple(found.get(OURS), other) for other in beaten]
         for (group, workload), found in by_workload(record, suites).items()
     ]
@@ -88,12 +93,14 @@ def memory_table(record: Record) -> str:
     """MiB that a forward keeps for its backward beyond parameters and input; on a GPU also the step's peak and launches."""
     suites = ("layers", "models")
     names = [name for name in contenders(record, suites) if name not in record["absent"]]
-    columns = {"saved": "saved_bytes"} | ({} if on_cpu(record) else {"peak": "peak_bytes"})
+    columns = {"saved": "saved_bytes"} | (
+        {} if on_cpu(record) else {"peak": "peak_bytes", "peak predicted": "predicted_peak_bytes"}
+    )
     rows = []
     for (group, workload), found in by_workload(record, suites).items():
-        cells = [mebibytes(found[n][field]) if n in found else "" for field in columns.values() for n in names]
+        cells = [mebibytes(found[n].get(field)) if n in found else "" for field in columns.values() for n in names]
         launches = [] if on_cpu(record) else [str(found[n]["launches"] or "") if n in found else "" for n in names]
-        rows.append([f"{group}: {workload}", *cells, *launches])
+        rows.append([label(group, workload), *cells, *launches])
     headings = [f"{name}, {kind}" for kind in columns for name in names]
     headings += [] if on_cpu(record) else [f"{name}, launches" for name in names]
     return table(["MiB", *headings], rows)
@@ -153,7 +160,7 @@ def figures(record: Record) -> list[str]:
     lines, layers = [], by_workload(record, ("layers",))
     for other in PREDECESSORS:
         pairs = {
-            f"{group}: {workload}": found[OURS]["ratios"][other][1]
+            label(group, workload): found[OURS]["ratios"][other][1]
             for (group, workload), found in layers.items()
             if OURS in found and other in found[OURS]["ratios"]
         }

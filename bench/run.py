@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.machine import ceilings, environment
+from bench.memory import FORMULAS
 from bench.operations import Operation, operations
 from bench.other_revision import OtherRevision
 from bench.peers import PEERS
@@ -51,6 +52,8 @@ class Result:
     """FLOP per byte that has to be moved."""
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    """By the formulas of :mod:`bench.memory`, for forward and backward of a linear layer."""
     launches: int | None = None
 
 
@@ -91,7 +94,7 @@ def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> dict[str, An
             for result in found:
                 report(line(result))
             record["results"] += [asdict(result) for result in found]
-            (folder / RESULTS).write_text(json.dumps(rounded(record), indent=1) + "\n", "utf-8")
+            (folder / RESULTS).write_text(as_json(rounded(record)), "utf-8")
             gc.collect()
     if not record["results"]:
         raise ValueError(f"--only: no workload of {', '.join(plan.suites)} has {plan.only!r} in its name")
@@ -145,6 +148,11 @@ def race_workload(workload: Workload, peers: Sequence[Peer], plan: Plan, base: O
                 result.defects, result.dtype = ready.defects, str(ready.dtype).removeprefix("torch.")
                 result.saved_bytes, result.peak_bytes = counts["saved_bytes"], counts["peak_bytes"]
                 result.launches = counts["launches"]
+                if workload.inputs and not workload.steps and peer.name in FORMULAS:
+                    shape = workload.rows, workload.inputs, workload.outputs
+                    result.predicted_peak_bytes = FORMULAS[peer.name](
+                        *shape, workload.recipe, ready.dtype.itemsize
+                    ).peak
     if base.name is not None:
         result = found[base.name] = entry(base.name)
         enter_base(result, base, turns, {"workload": workload.name})
@@ -209,6 +217,13 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """One result a line, which keeps files and their differences short."""
+    head = json.dumps({**record, "results": []}, indent=1).rpartition("[]")
+    results = ",\n".join(f"  {json.dumps(result)}" for result in record["results"])
+    return f"{head[0]}[\n{results}\n ]{head[2]}\n"
 
 
 def line(result: Result) -> str:

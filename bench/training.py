@@ -37,8 +37,8 @@ class Prepared:
         there = [self.x, *self.model.parameters(), *self.model.buffers()]
         return {
             "saved_bytes": saved_bytes(self.forward, there),
-            "peak_bytes": peak_bytes(self.step),
-            "launches": kernel_launches(self.step),
+            "peak_bytes": peak_bytes(self.step, self.x.device),
+            "launches": kernel_launches(self.step, self.x.device),
         }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.peers.base import Peer, UnsupportedError
 from bench.recipes import Recipe
-from triton_analog.reference import split_sizes
+from triton_analog import reference
 
 
 class _InputConverter(torch.autograd.Function):
@@ -42,7 +42,7 @@ class PlainAnalogLinear(nn.Linear):
         super().__init__(digital.in_features, digital.out_features, device="meta")
         self.weight, self.bias = digital.weight, digital.bias
         self.recipe = dict(recipe)
-        self.sizes = split_sizes(self.in_features, recipe.get("mapping.max_input_size", -1))
+        self.sizes = reference.split_sizes(self.in_features, recipe.get("mapping.max_input_size", -1))
         initial = recipe["pre_post.input_range.init_value"]
         self.input_range = nn.Parameter(torch.full((len(self.sizes),), initial, device=self.weight.device))
 

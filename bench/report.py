@@ -186,7 +186,9 @@ def figures(record: Record) -> list[str]:
 
 def setting(record: Record) -> str:
     about = record["environment"]
-    where = f"a CPU with {about['threads']} threads" if on_cpu(record) else about["device"].replace("_", " ")
+    where = about["device"].replace("_", " ")
+    if on_cpu(record):  # others may be at work on it; the load is that of the minute before
+        where = f"a CPU with {about['threads']} threads on {about['cores']} cores, load {about['load']} beforehand"
     return f"{where}, PyTorch {about['torch']}, Triton {about['triton']}, revision {about['revision']}, {about['date'][:10]}"
 
 

@@ -16,8 +16,8 @@ from bench.race import Gate, Step, disagreements, distance
 from bench.recipes import is_noisy, quiet
 from bench.workloads import Workload
 
-GATE_ROWS = 256
-"""Rows of the input (of a recurrent layer: time steps) that a result is checked on."""
+GATE_ROWS, GATE_TEXTS = 256, 4
+"""What a result is checked on: rows of the input (images, time steps), or sequences of tokens."""
 NOISE = 1.25
 """Factor by which the strength of a contender's noise may differ from the reference's."""
 
@@ -54,6 +54,10 @@ def input_of(workload: Workload, dtype: torch.dtype, device: torch.device) -> Te
     return x.to(workload.dtype).to(dtype).requires_grad_() if x.is_floating_point() else x
 
 
+def for_gate(x: Tensor) -> Tensor:
+    return x[: GATE_ROWS if x.is_floating_point() else GATE_TEXTS].detach()
+
+
 def output_of(model: nn.Module, x: Tensor) -> Tensor:
     """Recurrent layers give their states as well."""
     result = model(x)
@@ -80,7 +84,7 @@ def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class Truth:
-    """What the fp64 reference computes: without noise, and how much the noise changes its output."""
+    """What the fp64 reference computes: without noise, and how much the noise changes its output (of a loss: not stated)."""
 
     analog: dict[str, Tensor]
     ideal: dict[str, Tensor]
@@ -91,11 +95,11 @@ def truth_of(workload: Workload, device: torch.device) -> Truth:
     def exact() -> nn.Module:
         return digital(workload, torch.float64, device)
 
-    x = input_of(workload, torch.float64, device)[:GATE_ROWS]
+    x = for_gate(input_of(workload, torch.float64, device))
     ours = Ours()
     analog = results(ours.convert(exact(), quiet(workload.recipe)), x)
     noise = 0.0
-    if is_noisy(workload.recipe):
+    if is_noisy(workload.recipe) and analog["output"].numel() > 1:
         noise = distance(output_of(ours.convert(exact(), workload.recipe), x), analog["output"])
     return Truth(analog, results(exact().train(), x), noise)
 
@@ -109,7 +113,7 @@ def prepare(workload: Workload, peer: Peer, truth: Truth, device: torch.device) 
     """
     dtype = peer.dtype(workload.dtype)
     x = input_of(workload, dtype, device)
-    few = x[:GATE_ROWS].detach()
+    few = for_gate(x)
     gate = Gate(peer.known_defects)
     right = truth.ideal if peer.ideal else truth.analog
     found = results(peer.convert(digital(workload, dtype, device), quiet(workload.recipe)), few)
@@ -130,8 +134,8 @@ def prepare(workload: Workload, peer: Peer, truth: Truth, device: torch.device) 
 
 
 def noise_defects(model: nn.Module, x: Tensor, truth: Truth, right: Tensor) -> dict[str, str]:
-    """Noise that is missing, or of another strength. Of a loss it says nothing."""
-    if right.numel() == 1 or truth.noise == 0:
+    """Noise that is missing, or of another strength."""
+    if truth.noise == 0:
         return {}
     noise = distance(output_of(model, x), right)
     if truth.noise / NOISE <= noise <= truth.noise * NOISE:

@@ -10,6 +10,9 @@ from torch.optim import AdamW, Optimizer
 
 from bench.recipes import Recipe
 
+ADAMW: dict[str, float] = {"lr": 0.0, "weight_decay": 0.0, "eps": 1e-4}
+"""Every step does the same work on the same weights; and ``eps`` is not 0 in fp16, where 0 / 0 would be."""
+
 
 class UnsupportedError(Exception):
     """A contender cannot do what a workload asks for; the text says why."""
@@ -45,5 +48,5 @@ class Peer:
         raise NotImplementedError
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        """AdamW with a rate of 0, so that every step does the same work on the same weights."""
-        return AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+        """AdamW with :data:`ADAMW`."""
+        return AdamW(model.parameters(), **ADAMW)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from bench.peers.base import Peer, UnsupportedError
+from bench.peers.base import ADAMW, Peer, UnsupportedError
 from bench.recipes import Recipe
 
 
@@ -48,7 +48,7 @@ class Aihwkit(Peer):
     def optimizer(self, model: nn.Module) -> Optimizer:
         from aihwkit.optim import AnalogOptimizer
 
-        return AnalogOptimizer(AdamW, model.parameters(), lr=0.0, weight_decay=0.0)
+        return AnalogOptimizer(AdamW, model.parameters(), **ADAMW)
 
 
 def _config(recipe: Recipe, inputs: int, columnwise: bool) -> object:

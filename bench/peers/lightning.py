@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from bench.peers.base import Peer, UnsupportedError
+from bench.peers.base import ADAMW, Peer, UnsupportedError
 from bench.recipes import Recipe, filled
 
 
@@ -40,4 +40,4 @@ class Lightning(Peer):
     def optimizer(self, model: nn.Module) -> Optimizer:
         from aihwkit_lightning.optim import AnalogOptimizer
 
-        return AnalogOptimizer(AdamW, model.analog_layers, model.parameters(), lr=0.0, weight_decay=0.0)
+        return AnalogOptimizer(AdamW, model.analog_layers, model.parameters(), **ADAMW)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from bench.peers.base import Peer
+from bench.peers.base import ADAMW, Peer
 from bench.recipes import Recipe, filled
 from triton_analog import AnalogOptimizer, TorchInferenceRPUConfig, convert_to_analog
 
@@ -17,4 +17,4 @@ class Ours(Peer):
         return convert_to_analog(digital, filled(TorchInferenceRPUConfig(), recipe), inplace=True).train()
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        return AnalogOptimizer(AdamW, model.analog_layers, model.parameters(), lr=0.0, weight_decay=0.0)  # type: ignore[union-attr]
+        return AnalogOptimizer(AdamW, model.analog_layers, model.parameters(), **ADAMW)  # type: ignore[union-attr]

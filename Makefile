@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test test-oldest test-peers test-models bench clean
+.PHONY: help demo test test-oldest test-peers test-models bench bench-ops clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -32,6 +32,10 @@ test-models: .venv/models  ## convert, run, save and export SmolLM2 and MiniLM (
 
 bench: .venv/peers  ## race layers, models and operations against the peers (BENCH_ARGS)
 	.venv/bin/python -m bench run $(BENCH_ARGS)
+
+bench-ops: .venv/peers  ## time the operations under pytest-benchmark (BENCH_ARGS)
+	.venv/bin/pip install -q -c .venv/constraints.txt pytest-benchmark
+	.venv/bin/python -m pytest bench $(BENCH_ARGS)
 
 clean:  ## remove the environments and everything generated
 	rm -rf .venv .venv-oldest out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -61,8 +61,8 @@ def panels(plt: Any, lines: dict[str, Any], colours: dict[str, str], label: str,
         for name, line in contenders.items():
             sizes = sorted(line)
             axis.plot(sizes, [line[size] for size in sizes], marker="o", ms=4, lw=1.6, color=colours[name], label=name)
-        title, _, size = group.rpartition(", by ")
-        axis.set(title=title, xlabel=size)
+        what, _, size = group.rpartition(", by ")
+        axis.set(title=what, xlabel=size)
         axis.title.set_fontsize(10)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)

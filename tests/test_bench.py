@@ -275,6 +275,8 @@ def record(**changes: Any) -> dict[str, Any]:
     environment = {
         "device": "cpu",
         "threads": 2,
+        "cores": 2,
+        "load": 0.1,
         "torch": "2",
         "triton": "3",
         "revision": "abc",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,12 @@ PREDECESSORS = (PREDECESSOR, f"{PREDECESSOR} (Triton)")
 BEGIN, END = "<!-- bench: written by python -m bench readme -->", "<!-- bench: end -->"
 
 Record = dict[str, Any]
+
+TIMES = (
+    "Time of a training step as a multiple of the digital layer's in the same round: median (quartiles). The last columns "
+    "divide ours by the predecessor's."
+)
+MEMORY = "Kept for the backward beyond parameters and input:"
 
 
 def read(folder: Path) -> Record:
@@ -89,21 +95,37 @@ def time_table(record: Record) -> str:
     return table(["", *names, *(f"{OURS} / {other}" for other in beaten)], rows)
 
 
-def memory_table(record: Record) -> str:
-    """MiB that a forward keeps for its backward beyond parameters and input; on a GPU also the step's peak and launches."""
+def counts_table(record: Record, heading: str, cell: Callable[[Record], str]) -> str:
+    """Layers and models: what was counted of every contender."""
     suites = ("layers", "models")
     names = [name for name in contenders(record, suites) if name not in record["absent"]]
-    columns = {"saved": "saved_bytes"} | (
-        {} if on_cpu(record) else {"peak": "peak_bytes", "peak predicted": "predicted_peak_bytes"}
-    )
-    rows = []
-    for (group, workload), found in by_workload(record, suites).items():
-        cells = [mebibytes(found[n].get(field)) if n in found else "" for field in columns.values() for n in names]
-        launches = [] if on_cpu(record) else [str(found[n]["launches"] or "") if n in found else "" for n in names]
-        rows.append([label(group, workload), *cells, *launches])
-    headings = [f"{name}, {kind}" for kind in columns for name in names]
-    headings += [] if on_cpu(record) else [f"{name}, launches" for name in names]
-    return table(["MiB", *headings], rows)
+    rows = [
+        [label(group, workload), *(cell(found[name]) if name in found else "" for name in names)]
+        for (group, workload), found in by_workload(record, suites).items()
+    ]
+    return table([heading, *names], rows)
+
+
+def saved(result: Record) -> str:
+    return mebibytes(result["saved_bytes"])
+
+
+def peak(result: Record) -> str:
+    """Measured, and in brackets what the formulas predict."""
+    predicted = mebibytes(result.get("predicted_peak_bytes"))
+    return mebibytes(result["peak_bytes"]) + (f" ({predicted})" if predicted else "")
+
+
+def memory_tables(record: Record) -> list[str]:
+    """MiB that a forward keeps for its backward beyond parameters and input; on a GPU also a step's peak, and its launches."""
+    parts = [MEMORY + "\n", counts_table(record, "MiB", saved)]
+    if not on_cpu(record):
+        parts += ["Peak of a step beyond what is there before it (predicted):\n", counts_table(record, "MiB", peak)]
+        parts += [
+            "Kernels launched by a step:\n",
+            counts_table(record, "", lambda result: str(result["launches"] or "")),
+        ]
+    return parts
 
 
 def operations_table(record: Record) -> str:
@@ -192,13 +214,6 @@ def setting(record: Record) -> str:
     return f"{where}, PyTorch {about['torch']}, Triton {about['triton']}, revision {about['revision']}, {about['date'][:10]}"
 
 
-TIMES = (
-    "Time of a training step as a multiple of the digital layer's in the same round: median (quartiles). The last columns "
-    "divide ours by the predecessor's."
-)
-MEMORY = "Kept for the backward beyond parameters and input:"
-
-
 def markdown(record: Record) -> str:
     """The whole report."""
     parts = [f"# Benchmarks: {setting(record)}\n"]
@@ -210,7 +225,7 @@ def markdown(record: Record) -> str:
     lines = figures(record)
     parts += ["\n".join(f"- {text}" for text in lines) + "\n"] if lines else []
     if by_workload(record, ("layers", "models")):
-        parts += ["## Layers and models\n", TIMES + "\n", time_table(record), MEMORY + "\n", memory_table(record)]
+        parts += ["## Layers and models\n", TIMES + "\n", time_table(record), *memory_tables(record)]
     if by_workload(record, ("ops",)):
         parts += ["## Operations\n", operations_table(record)]
     if not on_cpu(record):
@@ -224,7 +239,7 @@ def readme_section(folder: Path) -> str:
     parts = []
     for place, record in sorted(records, key=lambda pair: (on_cpu(pair[1]), pair[0].name)):
         parts += [f"### {setting(record)}\n", *(f"- {text}." for text in figures(record)), ""]
-        parts += [TIMES + "\n", time_table(record), MEMORY + "\n", memory_table(record)]
+        parts += [TIMES + "\n", time_table(record), *memory_tables(record)]
         where = place.relative_to(ROOT).as_posix() if place.is_relative_to(ROOT) else place.name
         parts += [f"[{where}/report.md]({where}/report.md) has everything, failures and absences included.\n"]
     return "\n".join(parts)

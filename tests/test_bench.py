@@ -303,7 +303,12 @@ def test_the_report_has_ratios_failures_and_absences():
 
 def test_absolute_figures_are_a_gpus_only():
     assert "TFLOP/s" not in report.markdown(record())
-    assert "| tiny | triton_analog | 2000.000 | 0.0 | 10% |" in report.markdown(record(device="NVIDIA_H200"))
+    found = record(device="NVIDIA_H200")
+    found["results"][0] |= {"peak_bytes": 3 * 2**20, "predicted_peak_bytes": 2**21, "launches": 8}
+    text = report.markdown(found)
+    assert "| tiny | triton_analog | 2000.000 | 0.0 | 10% |" in text
+    assert "| group: tiny | 3.00 (2.00) |" in text
+    assert "| group: tiny | 8 |" in text
 
 
 def test_the_readmes_section_lists_gpus_first(tmp_path):

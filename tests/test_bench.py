@@ -21,7 +21,7 @@ from bench.peers.base import Peer, UnsupportedError
 from bench.peers.compiled import Compiled, PlainAnalogLinear
 from bench.peers.digital import Digital
 from bench.peers.lightning import Lightning
-from bench.peers.lightning_triton import LightningTriton
+from bench.peers.lightning_triton import LightningTriton, WithoutBlocks, names_blocks
 from bench.peers.ours import Ours
 from bench.race import Gate, WrongResultError, disagreements, distance, ratios, spread, take_turns
 from bench.recipes import EVERYTHING, FLAGSHIP, LIGHTNING, Recipe
@@ -390,3 +390,14 @@ def test_the_formulas_that_are_compiled_are_right(recipe):
 def test_lightnings_triton_mode_runs_in_fp16_where_it_has_no_bf16():
     assert LightningTriton().dtype(torch.bfloat16) == torch.float16
     assert LightningTriton().dtype(torch.float32) == torch.float32
+
+
+def test_an_autotuned_kernel_is_not_handed_the_block_sizes_that_its_autotuner_chooses():
+    class Tuned:
+        arg_names = ("weights_ptr", "size", "BLOCK_SIZE_OUT", "BLOCK_SIZE_HIDDEN")
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args: (grid, args)
+
+    assert WithoutBlocks(Tuned())["grid"]("weights", 3, 32, 32) == ("grid", ("weights", 3))
+    assert names_blocks(Tuned(), "grid")

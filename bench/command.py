@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("--base", metavar="REV", help="another revision of this repository as one more contender")
     runs.add_argument("--out", type=Path, help="folder of the results (default: out/bench/<device>)")
     runs.add_argument("--only", default="", metavar="TEXT", help="workloads whose names contain TEXT")
-    runs.add_argument("--quick", action="store_true", help="on a GPU: the ends of each range of sizes")
+    runs.add_argument("--quick", action="store_true", help="fewer sizes")
     runs.add_argument("--seconds", type=float, default=6.0, help="per race, beyond its least number of rounds")
     runs.add_argument("--minutes", type=float, default=30.0, help="what has not begun by then is not run")
     runs.add_argument("--threads", type=int, default=2, help="of the CPU")

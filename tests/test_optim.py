@@ -291,6 +291,22 @@ def test_every_optimizer_takes_its_own_steps_and_then_clips(kind: type[Optimizer
         torch.testing.assert_close(own, other)
 
 
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_its_compiled_step_clips_too(kind: type[Optimizer]) -> None:
+    ours, theirs = model(), model()
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = [AnalogOptimizer(kind, net.analog_layers, net.parameters(), lr=0.1) for net in (ours, theirs)]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: optimizers[0].step(), backend="eager")
+    for _ in range(3):
+        for net, take_step in ((ours, compiled), (theirs, optimizers[1].step)):
+            net.zero_grad()
+            loss_of(net).backward()
+            take_step()
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+
+
 def test_a_gradient_scaler_drives_it_and_skipped_steps_clip_nothing() -> None:
     net = model()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

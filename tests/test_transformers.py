@@ -124,6 +124,48 @@ def test_the_callback_clips_after_each_step_of_the_trainer(tmp_path: Path) -> No
     assert widest(clipped) < 1.8  # a clamp to one deviation lowers the deviation
 
 
+class Watch(transformers.TrainerCallback):
+    """Keeps a weight and its gradient from before each step, and the weight after it."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.before, self.after = layer, [], []
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.before.append((self.layer.weight.detach().clone(), self.layer.weight.grad.clone()))
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.after.append(self.layer.weight.detach().clone())
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("kind", [SGD, AnalogOptimizer])
+def test_each_step_of_the_trainer_clips_once(kind: Any, accumulated: int, tmp_path: Path) -> None:
+    model = convert_to_analog(llama(), recipe())
+    watch, callback = Watch(model.model.layers[0].mlp.down_proj), hugging_face.AnalogCallback()
+    given = (SGD, model.analog_layers) if kind is AnalogOptimizer else ()
+    optimizer = kind(*given, model.parameters(), lr=0.5)
+    run = trainer(model, tmp_path, steps=3, callbacks=[callback, watch], optimizers=(optimizer, None))
+    run.args.gradient_accumulation_steps, run.args.max_grad_norm = accumulated, 0.0
+    run.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    run.train()
+    assert callback.attachment.steps == len(watch.after) == 3
+    for (weight, grad), after in zip(watch.before, watch.after, strict=True):
+        stepped = weight - 0.5 * grad
+        bound = stepped.std()
+        assert (stepped.abs() > bound).any()
+        torch.testing.assert_close(after, stepped.clamp(-bound, bound))
+
+
+def test_a_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    models = [convert_to_analog(llama(), recipe()) for _ in range(2)]
+    for model, checkpoint in zip(models, (None, str(tmp_path / "checkpoint-2")), strict=True):
+        run = trainer(model, tmp_path, steps=4, callbacks=[hugging_face.AnalogCallback()])
+        run.args.save_strategy, run.args.save_steps = transformers.trainer_utils.SaveStrategy.STEPS, 2
+        run.train(resume_from_checkpoint=checkpoint)
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_what_the_trainer_saves_comes_back(tmp_path: Path) -> None:
     model = convert_to_analog(llama(), recipe())
     run = trainer(model, tmp_path, callbacks=[hugging_face.AnalogCallback()])

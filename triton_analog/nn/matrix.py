@@ -406,6 +406,10 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             except ConfigError as error:
                 error_msgs.append(f"{prefix}_extra_state: {error}")
                 return
+        mismatch = self._other_slices(state_dict, prefix)
+        if mismatch is not None:
+            error_msgs.append(mismatch)
+            return
         self._convert_counter(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -420,6 +424,25 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             self._fit_weight_noise(weight.device)
         if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
             self.reset_weight_clip()
+
+    def _other_slices(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """What is wrong with a file that has other slices, as its tensors show; it need not hold a config that says so."""
+        inputs = self.tile_shape[1]
+        for name, own, groups in (
+            ("input_range", self.input_range, self.groups),
+            ("learnable_weight_clip", self.learnable_weight_clip, 1),
+        ):
+            saved = state_dict.get(prefix + name)
+            if own is None or not isinstance(saved, Tensor) or saved.ndim != own.ndim or saved.shape[0] == len(own):
+                continue
+            slices = max(saved.shape[0] // groups, 1)
+            widths = [inputs // slices + (s < inputs % slices) for s in range(slices)]
+            return (
+                f"{prefix}{name}: the file has shape {tuple(saved.shape)}, of slices of {widths}, but this layer "
+                f"{tuple(own.shape)}, of slices of {self.get_split_sizes()} (mapping.max_input_size is "
+                f"{self.rpu_config.mapping.max_input_size}); build it with the max_input_size that was saved instead"
+            )
+        return None
 
     def extra_repr(self) -> str:
         changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]

@@ -1,0 +1,100 @@
+"""DeepSpeed on two processes, where it is installed: its fp32 master weights are clipped, whichever rank holds their parts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from triton_analog.config import TorchInferenceRPUConfig, WeightClipType
+from triton_analog.convert import convert_to_analog
+from triton_analog.optim import attach
+
+RANKS, STEPS, SIGMA, LR = 2, 3, 0.5, 0.1
+SCHEMES = [(0, "bf16"), (1, "bf16"), (2, "bf16"), (2, "fp32")]
+
+
+def engine_of(stage: int, dtype: str) -> tuple[Any, Any, list[nn.Parameter]]:
+    """A small model in DeepSpeed's engine, the optimizer that this makes, and the analog weights."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    config = TorchInferenceRPUConfig()
+    config.clip.type, config.clip.sigma = WeightClipType.LAYER_GAUSSIAN, SIGMA
+    net = convert_to_analog(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), config)
+    groups = [{"params": layer.parameters()} for layer in net.analog_layers()]
+    settings: dict[str, Any] = {"train_micro_batch_size_per_gpu": 3, "gradient_clipping": 0.0}
+    settings |= {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    settings |= {"zero_force_ds_cpu_optimizer": False, **({} if dtype == "fp32" else {dtype: {"enabled": True}})}
+    engine, optimizer, _, _ = deepspeed.initialize(model=net, optimizer=torch.optim.SGD(groups, lr=LR), config=settings)
+    return engine, optimizer, [layer.weight for layer in net.analog_layers()]
+
+
+def train(stage: int, dtype: str, rank: int) -> list[list[list[torch.Tensor]]]:
+    """In each step every weight, its master, and what the gradient made of the master before it was clipped."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine, optimizer, weights = engine_of(stage, dtype)
+    handle = attach(engine, optimizer)
+    assert handle.masters is not None
+    torch.manual_seed(rank)
+    rounds = []
+    for _ in range(STEPS):
+        x = torch.randn(3, 6, dtype=weights[0].dtype)
+        engine.backward(engine(x).float().square().sum())
+        stepped = [handle.masters.read(w) - LR * safe_get_full_grad(w).float() for w in weights]
+        engine.step()
+        masters = [handle.masters.read(w) for w in weights]
+        rounds.append([[value.detach().clone() for value in values] for values in (weights, masters, stepped)])
+    assert handle.steps == STEPS
+    return rounds
+
+
+def one_rank(rank: int, port: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    for scheme in SCHEMES:
+        results[(rank, *scheme)] = train(*scheme, rank)
+    engine, optimizer, _ = engine_of(3, "bf16")
+    try:
+        attach(engine, optimizer)
+    except ValueError as error:
+        results[rank, "refusal"] = str(error)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results() -> Any:
+    """Of both ranks; one start of the processes for all tests."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an optional peer: pip install deepspeed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(one_rank, (port, results), nprocs=RANKS)
+        return dict(results)
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize(("stage", "dtype"), SCHEMES)
+def test_masters_are_clipped_once_after_each_step_and_the_weights_follow(
+    results: Any, stage: int, dtype: str, rank: int
+) -> None:
+    for one_round in results[rank, stage, dtype]:
+        for weight, master, stepped in zip(*one_round, strict=True):
+            bound = SIGMA * stepped.std()
+            assert (stepped.abs() > bound).any()
+            torch.testing.assert_close(master, stepped.clamp(-bound, bound))
+            assert torch.equal(weight, master.to(weight.dtype))
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_weights_cut_by_stage_3_are_refused(results: Any, rank: int) -> None:
+    assert "partitioned by DeepSpeed's ZeRO stage 3" in results[rank, "refusal"]

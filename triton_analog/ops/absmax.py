@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -106,7 +106,7 @@ def _launch(x: Tensor, slices: int, programs: int, maxima: Tensor | None, config
     out = torch.empty(slices, N, dtype=torch.float32, device=x.device)
     launch(
         absmax_kernel, (programs * slices,), x.device, x, out, maxima, N, K, slices, *x.stride(),
-        ALIGNED=aligned(K, slices), **asdict(config),
+        ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip
     return out
 

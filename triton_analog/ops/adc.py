@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -94,7 +94,7 @@ def launch_adc(
     launch(
         adc_kernel, grid, y.device, y, input_range, noise_wmax, bound_wmax, seed, out, mask, M, N, *y.stride(), *strides,
         out_noise, out_bound, q_max, plane, NOISE=out_noise > 0, BOUND=out_bound > 0, QUANTIZE=q_max > 0,
-        **asdict(config),
+        **vars(config),
     )  # fmt: skip
     return out, mask
 
@@ -128,7 +128,7 @@ def launch_adc_grad(grad: Tensor, mask: Tensor, config: AdcConfig | None = None)
     config = config or choose(GRAD_SPACE, grad.device, grad.dtype, (M, N))
     out = torch.empty(M, N, dtype=grad.dtype, device=grad.device)
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
-    launch(adc_grad_kernel, grid, grad.device, grad, mask, out, M, N, *grad.stride(), **asdict(config))
+    launch(adc_grad_kernel, grid, grad.device, grad, mask, out, M, N, *grad.stride(), **vars(config))
     return out
 
 

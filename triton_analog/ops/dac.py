@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -135,7 +135,7 @@ def launch_dac(
     launch(
         dac_kernel, (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices), x.device, x,
         input_range.contiguous(), out, M, K, slices, *x.stride(), q_max, MODE=range_mode(input_range), QUANTIZE=q_max > 0,
-        VALUES=values, CONVERTED=converted, ALIGNED=aligned(K, slices), **asdict(config),
+        VALUES=values, CONVERTED=converted, ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip
     return out
 
@@ -263,7 +263,7 @@ def launch_dac_steps(
     launch(
         dac_steps_kernel, (triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_K)), x.device, x,
         input_range.contiguous(), steps, clipped, M, K, slices, *x.stride(), half_steps(inp_res),
-        MODE=range_mode(input_range), **asdict(config),
+        MODE=range_mode(input_range), **vars(config),
     )  # fmt: skip
     return steps, clipped
 

@@ -8,7 +8,7 @@ where ``g`` is the gradient of the clamped input. The stored range may be negati
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -159,7 +159,7 @@ def launch_input_range_grad(
     parts = torch.empty(slices, grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
     launch(
         input_range_grad_kernel, grid, x.device, grad, x, input_range, dx, parts, M, K, slices,
-        *grad.stride(), *x.stride(), FAST=fast_mode, ALIGNED=aligned(K, slices), **asdict(config),
+        *grad.stride(), *x.stride(), FAST=fast_mode, ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip
     return dx, launch_range_grad(parts, input_range, M, K, decay, threshold, fast_mode)
 

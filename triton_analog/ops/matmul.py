@@ -11,7 +11,7 @@ next one's.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -403,12 +403,12 @@ def launch_matmul(
             matmul_prepare_kernel, (programs,), x.device, x, input_range, operand, noise_wmax, bound_wmax, weight_wmax,
             coefficients, poison, M, N, K, slices, *x.stride(), width, *blocks, columns, noise_columns, bound_columns,
             weight_columns, in_q_max, half_steps(weight_res), sigma, out_bound, out_q_max, **flags,
-            ALIGNED=aligned(K, slices), BLOCK_N=block_n, **asdict(tiles),
+            ALIGNED=aligned(K, slices), BLOCK_N=block_n, **vars(tiles),
         )  # fmt: skip
 
     y = new(M, N, dtype=x.dtype)
     mask = new(*mask_shape(slices if out_bound > 0 and needs_mask else 0, M, N), dtype=torch.int32)
-    options = asdict(config)
+    options = dict(vars(config))
     del options["PREPARED"]
     options["DESCRIPTORS"] = descriptors = (
         config.DESCRIPTORS and describable(operand, weight) and slices_describable(weight, slices)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -230,7 +230,7 @@ def launch_matmul_dgrad(
     dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
     parts = torch.empty(slices, blocks_m * blocks_k if clip else 0, 2, dtype=torch.float32, device=x.device)
     steps = torch.empty(M if needs_steps else 0, K, dtype=grad.dtype, device=x.device)
-    options = asdict(config)
+    options = dict(vars(config))
     options["DESCRIPTORS"] = descriptors = (
         config.DESCRIPTORS and describable(grad, weight) and slices_describable(weight, slices)
     )

@@ -6,7 +6,7 @@ integers, which lie ready: :mod:`matmul_dgrad` leaves them, or a pass of the con
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -193,7 +193,7 @@ def launch_matmul_wgrad(
     dw = torch.empty(N, K, dtype=dtype, device=x.device)
     dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
     bias_programs = 0 if bias_dtype is None else triton.cdiv(N, BIAS_COLUMNS.value)
-    options = asdict(config)
+    options = dict(vars(config))
     options["DESCRIPTORS"] = descriptors = config.DESCRIPTORS and describable(grad, x) and slices_describable(x, slices)
     launch(
         matmul_wgrad_kernel, (blocks_n * slices * blocks_k + bias_programs,), x.device,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -58,7 +58,7 @@ def launch_noise(
     config = config or choose(SPACE, seed.device, torch.float32, (rows, cols))
     out = torch.empty(rows, cols, dtype=torch.float32, device=seed.device)
     grid = (triton.cdiv(rows, config.BLOCK_M), triton.cdiv(cols, config.BLOCK_N))
-    launch(noise_kernel, grid, seed.device, seed, out, rows, cols, plane, STREAM=stream, **asdict(config))
+    launch(noise_kernel, grid, seed.device, seed, out, rows, cols, plane, STREAM=stream, **vars(config))
     return out
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -189,7 +189,7 @@ def launch_weight(
         weight_kernel, (triton.cdiv(N, config.BLOCK_N) * slices,), weight.device, weight, clip, maxima, seed, wmax, out,
         N, K, slices, P, *weight.stride(), *((0, 0) if clip is None else clip.stride()), half_steps(res), std_dev,
         QUANTIZATION=quantization, NOISE=noise_type, ALIGNED=aligned(K, slices), ONE_TILE=width <= config.BLOCK_K,
-        BLOCK_P=block(P, 2**20), **asdict(config),
+        BLOCK_P=block(P, 2**20), **vars(config),
     )  # fmt: skip
     return out, wmax
 
@@ -349,7 +349,7 @@ def launch_weight_grad(
     launch(
         weight_grad_kernel, (triton.cdiv(N, config.BLOCK_N) * slices,), grad.device, grad, weight, clip, dw, dclip, N, K,
         slices, *grad.stride(), *weight.stride(), *clip.stride(), half_steps(res) if quantized else 1.0,
-        QUANTIZE=quantized, ALIGNED=aligned(K, slices), **asdict(config),
+        QUANTIZE=quantized, ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip
     return dw, dclip
 

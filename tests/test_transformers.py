@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +215,18 @@ def test_an_optimizer_that_takes_no_steps_ends_the_training(tmp_path: Path) -> N
 def test_a_digital_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: this LlamaForCausalLM has no analog layers"):
         trainer(llama(), tmp_path, callbacks=[hugging_face.AnalogCallback()]).train()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--digital"]], ids=["analog", "digital"])
+def test_the_example_trains_a_language_model(arguments: list[str], tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "examples" / "language_model" / "train.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, script, "--steps", "3", "--length", "256", "--out", tmp_path / "model", *arguments],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {name: float(value) for name, value in re.findall(r"^(.*): ([\d.]+)$", done.stdout, re.MULTILINE)}
+    on_tiles = [value for name, value in found.items() if name.startswith("on tiles")]
+    assert len(on_tiles) == 3
+    assert max(on_tiles) < found["perplexity before the training"]

@@ -27,12 +27,18 @@ def make_config(changes: dict[str, Any] | None = None) -> TorchInferenceRPUConfi
         "pre_post.input_range.enable": True,
         "clip.sigma": 2.5,
     }
-    for path, value in (defaults | (changes or {})).items():
+    return change(config, defaults | (changes or {}))
+
+
+def change(config: Any, changes: dict[str, Any]) -> Any:
+    """``config``, of either library, with the fields of ``changes``, by path; enums also by name."""
+    for path, value in changes.items():
         *sections, field = path.split(".")
-        section: Any = config
+        section = config
         for name in sections:
             section = getattr(section, name)
-        setattr(section, field, value)
+        now = getattr(section, field)
+        setattr(section, field, type(now)[value] if isinstance(value, str) else value)
     return config
 
 

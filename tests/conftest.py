@@ -13,12 +13,15 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
 import pytest
 
-from triton_analog import launch
+from triton_analog import environment, launch
+from triton_analog.tuning import lookup, store
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -95,3 +98,17 @@ def _poisoned_outputs(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty and its kin then fill their memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The three folders where tuning files are looked for, empty; and the process as if nothing had been looked up."""
+    folders = SimpleNamespace(own=tmp_path / "own", cache=tmp_path / "cache" / "tuning", shipped=tmp_path / "shipped")
+    monkeypatch.setenv(environment.TUNING_DIR, str(folders.own))
+    monkeypatch.delenv(environment.STRICT_TUNING, raising=False)
+    monkeypatch.delenv(environment.AUTOTUNE, raising=False)
+    monkeypatch.setattr(store, "user_cache_path", lambda name: tmp_path / "cache")
+    monkeypatch.setattr(store, "shipped_directory", lambda: folders.shipped)
+    lookup.forget()
+    yield folders
+    lookup.forget()

@@ -295,3 +295,17 @@ def product_grad_formula(
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias)]
     product_formula(*leaves, r, slices, **options)[0].backward(grad)
     return tuple(None if leaf is None else leaf.grad for leaf in leaves)
+
+
+# ---- GPUs -----------------------------------------------------------------------------------------------------------
+
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+"""Bytes a program may use."""

@@ -77,16 +77,12 @@ def tuner(monkeypatch) -> Tuner:
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
+def places(places, monkeypatch):
     """The folders of the search, empty, of which the user's cache takes the results; tuning is on; a new process."""
-    folders = SimpleNamespace(own=tmp_path / "own", cache=tmp_path / "cache" / "tuning", shipped=tmp_path / "shipped")
-    monkeypatch.delenv(environment.TUNING_DIR, raising=False)
-    monkeypatch.delenv(environment.STRICT_TUNING, raising=False)
+    monkeypatch.delenv(environment.TUNING_DIR)
     monkeypatch.setenv(environment.AUTOTUNE, "1")
-    monkeypatch.setattr(store, "user_cache_path", lambda name: tmp_path / "cache")
-    monkeypatch.setattr(store, "shipped_directory", lambda: folders.shipped)
     start_anew()
-    yield folders
+    yield places
     start_anew()
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import triton
+from helpers import SHARED_LIMIT
 
 from triton_analog.tuning import lookup
 from triton_analog.tuning.inspect import OPS, TARGETS, specializations
@@ -18,16 +19,6 @@ from triton_analog.tuning.processes import run_in_processes
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all of the compilation
 
-SHARED_LIMIT = {
-    "sm_80": 166_912,
-    "sm_86": 101_376,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "sm_120": 101_376,
-    "gfx942": 65_536,
-}
-"""Bytes a program may use."""
 RUNS = {("bf16",): tuple(TARGETS), ("fp16", "fp32"): ("sm_86", "sm_90")}
 """Storage dtypes and their targets; sm_86 has the least shared memory of NVIDIA's."""
 CASES = [(target, dtype) for dtypes, targets in RUNS.items() for dtype in dtypes for target in targets]

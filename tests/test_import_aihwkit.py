@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bridge import HIDDEN, IDEAL, IN, OUT, ROWS, assert_same_outputs, disturb, make_config, make_model, quietly
+from bridge import HIDDEN, IDEAL, IN, OUT, ROWS, assert_same_outputs, change, disturb, make_config, make_model, quietly
 from torch import nn
 
 from triton_analog import import_from_aihwkit
@@ -27,18 +27,6 @@ from triton_analog.nn import (
 )
 
 NONE, GAUSSIAN, PER_CHANNEL, LEARNED = WeightClipType
-
-
-def change(config: Any, changes: dict[str, Any]) -> Any:
-    """``config`` with the fields of ``changes``, by path; enums by name."""
-    for path, value in changes.items():
-        *sections, field = path.split(".")
-        section = config
-        for name in sections:
-            section = getattr(section, name)
-        now = getattr(section, field)
-        setattr(section, field, type(now)[value] if isinstance(value, str) else value)
-    return config
 
 
 def their_config(changes: dict[str, Any] | None = None) -> Any:

@@ -22,7 +22,7 @@ import torch
 from triton_analog import environment, launch
 from triton_analog.launch import Hardware, hardware
 from triton_analog.ops.dac import DacConfig
-from triton_analog.tuning import autotune, command, lookup, store
+from triton_analog.tuning import autotune, command, store
 from triton_analog.tuning import sweep as sweeping
 from triton_analog.tuning.fingerprint import code_hash, space_hash
 from triton_analog.tuning.inspect import TARGETS
@@ -39,19 +39,10 @@ ONE, TWO = DacConfig(4, 256), DacConfig(8, 256)
 
 
 @pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    """The three folders of the search, empty, and no GPU; the process as if nothing had been looked up."""
-    folders = SimpleNamespace(own=tmp_path / "own", cache=tmp_path / "cache" / "tuning", shipped=tmp_path / "shipped")
-    monkeypatch.setenv(environment.TUNING_DIR, str(folders.own))
-    monkeypatch.delenv(environment.STRICT_TUNING, raising=False)
-    monkeypatch.delenv(environment.AUTOTUNE, raising=False)
-    monkeypatch.setattr(store, "user_cache_path", lambda name: tmp_path / "cache")
-    monkeypatch.setattr(store, "shipped_directory", lambda: folders.shipped)
+def _no_gpu(places, monkeypatch):
+    """And no file has been complained about."""
     monkeypatch.setattr(store, "_reported", set())
     monkeypatch.setattr(command, "devices", lambda: [CPU])
-    lookup.forget()
-    yield folders
-    lookup.forget()
 
 
 def entry(rows: int = 4096, config: Any = ONE, *, origin: Any = "measured", **source: str | int) -> Entry:

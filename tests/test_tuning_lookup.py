@@ -11,7 +11,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -44,18 +43,7 @@ ONE, TWO, THREE, FOUR = (DacConfig(rows, 256) for rows in (4, 8, 16, 32))
 """Configurations of every problem here. None is the formula's."""
 
 
-@pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    """The three folders of the search, empty; and the process as if nothing had been looked up."""
-    folders = SimpleNamespace(own=tmp_path / "own", cache=tmp_path / "cache" / "tuning", shipped=tmp_path / "shipped")
-    monkeypatch.setenv(environment.TUNING_DIR, str(folders.own))
-    monkeypatch.delenv(environment.STRICT_TUNING, raising=False)
-    monkeypatch.delenv(environment.AUTOTUNE, raising=False)
-    monkeypatch.setattr(store, "user_cache_path", lambda name: tmp_path / "cache")
-    monkeypatch.setattr(store, "shipped_directory", lambda: folders.shipped)
-    lookup.forget()
-    yield folders
-    lookup.forget()
+pytestmark = pytest.mark.usefixtures("places")
 
 
 def problem(rows: int = 4096, width: int = 512, hardware: Hardware = H200, **changes: Any) -> Problem:

@@ -16,28 +16,19 @@ from typing import Any
 import pytest
 import torch
 import triton
+from helpers import SHARED_LIMIT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_analog import launch
-from triton_analog.launch import Hardware
+from triton_analog.launch import Hardware, named_hardware
 from triton_analog.tuning import cases, fingerprint, lookup
 from triton_analog.tuning.inspect import TARGETS
 from triton_analog.tuning.space import Problem, Space, as_values, forced, forced_config, spaces
 from triton_analog.tuning.store import Entry, Key
 
 SPACES = spaces()
-SHARED_LIMIT = {
-    "sm_80": 166_912,
-    "sm_86": 101_376,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "sm_120": 101_376,
-    "gfx942": 65_536,
-}
-"""Bytes a program may use."""
-HARDWARE = {name: Hardware("", name, int(name[3:]) if name.startswith("sm_") else 0) for name in TARGETS}
+HARDWARE = {name: named_hardware("", name) for name in TARGETS}
 HOPPER = HARDWARE["sm_90"]
 SIZES = (1, 13, 16, 127, 512, 4096, 11008)
 """The smallest, primes, one below a block, multiples of 16, powers of two, and a model's own."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from triton_analog.launch import Hardware
+from triton_analog.launch import named_hardware
 from triton_analog.ops.matmul import MatmulConfig
 from triton_analog.ops.matmul_dgrad import MatmulDgradConfig
 from triton_analog.ops.matmul_wgrad import MatmulWgradConfig
@@ -28,8 +28,7 @@ NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 def hardware_of(gpu):
-    target = GPUS[gpu].target
-    return Hardware(gpu, target, int(target[3:]) if target.startswith("sm_") else 0)
+    return named_hardware(gpu, GPUS[gpu].target)
 
 
 def problem_of(op, sizes, flags=(), gpu="NVIDIA H200"):

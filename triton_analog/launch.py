@@ -78,6 +78,12 @@ class Hardware(NamedTuple):
     """Compute capability of an NVIDIA GPU, such as 90; 0 for everything else."""
 
 
+def named_hardware(name: str, target: str) -> Hardware:
+    """The hardware of these names, which need not be there."""
+    number = target.removeprefix("sm_")
+    return Hardware(name, target, int(number) if number != target and number.isdecimal() else 0)
+
+
 _recorder: Callable[..., None] | None = None
 _recorded_hardware: Hardware | None = None
 

@@ -365,7 +365,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             weight_res=modifier.res,
             groups=self.groups,
         )
-        weight.copy_((quantized if self.CHANNEL_DIM == 0 else quantized.T).view_as(weight))
+        weight.copy_(quantized.movedim(0, self.CHANNEL_DIM).view_as(weight))
         self.stop_quantizing()
 
     def stop_quantizing(self) -> None:

@@ -144,12 +144,22 @@ class _LSTMCell(AnalogRNNCellBase):
 
     weight_hr: AnalogLinear | None
 
-    def __init__(self, input_size: int, hidden_size: int, proj_size: int, **options: Any) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        rpu_config: TorchInferenceRPUConfig | None = None,
+        proj_size: int = 0,
+    ) -> None:
         super().__init__(input_size, hidden_size)
         if not 0 <= proj_size < hidden_size:
             raise ValueError(f"proj_size: got {proj_size}; allowed are 0 (none) to hidden_size - 1 = {hidden_size - 1}")
         self.proj_size = proj_size
         self.state_sizes = (proj_size or hidden_size, hidden_size)
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype, "rpu_config": rpu_config}
         self.create_products(self.state_sizes[0], **options)
         self.weight_hr = AnalogLinear(hidden_size, proj_size, **{**options, "bias": False}) if proj_size else None
 
@@ -180,20 +190,6 @@ class AnalogLSTMCell(_LSTMCell):
         ValueError: a size outside the above.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        rpu_config: TorchInferenceRPUConfig | None = None,
-        proj_size: int = 0,
-    ) -> None:
-        super().__init__(
-            input_size, hidden_size, proj_size, bias=bias, device=device, dtype=dtype, rpu_config=rpu_config
-        )
-
     def create_products(self, recurrent_size: int, **options: Any) -> None:
         self.weight_ih = AnalogLinear(self.input_size, 4 * self.hidden_size, **options)
         self.weight_hh = AnalogLinear(recurrent_size, 4 * self.hidden_size, **options)
@@ -216,20 +212,6 @@ class AnalogLSTMCellCombinedWeight(_LSTMCell):
         ConfigError: ``rpu_config`` is missing or not valid.
         ValueError: a size outside the above.
     """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        rpu_config: TorchInferenceRPUConfig | None = None,
-        proj_size: int = 0,
-    ) -> None:
-        super().__init__(
-            input_size, hidden_size, proj_size, bias=bias, device=device, dtype=dtype, rpu_config=rpu_config
-        )
 
     def create_products(self, recurrent_size: int, **options: Any) -> None:
         self.weight = AnalogLinear(self.input_size + recurrent_size, 4 * self.hidden_size, **options)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from triton_analog.launch import Hardware
+from triton_analog.launch import named_hardware
 from triton_analog.tuning import store
 from triton_analog.tuning.fingerprint import is_stale
 from triton_analog.tuning.space import Space, spaces
@@ -14,10 +14,8 @@ from triton_analog.tuning.store import Entry, Table
 
 
 def _of_entry(space: Space[Any], table: Table, entry: Entry) -> str | None:
-    number = table.target.removeprefix("sm_")
-    capability = int(number) if number != table.target and number.isdecimal() else 0
     try:
-        problem = space.problem(Hardware(table.device, table.target, capability), entry.key)
+        problem = space.problem(named_hardware(table.device, table.target), entry.key)
     except ValueError as error:
         return f"unknown: {error}; it is skipped, delete it"
     if space.accepts(problem, entry.config) is None:

@@ -57,10 +57,11 @@ def slices_for(width: int) -> int:
     return max(1, min(8, 4096 // width))
 
 
-def uneven(width: int) -> tuple[int, int]:
-    """Features that are no multiple of 16 and slices of ``width`` columns at most, one narrower if need be."""
+def features_for(width: int, even: bool) -> tuple[int, int]:
+    """Features and slices of ``width`` columns; if not ``even``, no multiple of 16 features, and one slice narrower if need
+    be."""
     slices = slices_for(width)
-    if width * slices % 16:
+    if even or width * slices % 16:
         return width * slices, slices
     slices = max(2, slices)
     return width * slices - 1, slices
@@ -69,7 +70,7 @@ def uneven(width: int) -> tuple[int, int]:
 def _rows_of(new: Operands, p: Problem) -> tuple[Tensor, int]:
     """Rows to read, wide loads possible or not, and slices."""
     (rows, width), (wide_loads,) = p.sizes, p.flags
-    features, slices = (width * slices_for(width), slices_for(width)) if wide_loads else uneven(width)
+    features, slices = features_for(width, wide_loads)
     return new.normal(rows, features), slices
 
 
@@ -173,7 +174,7 @@ def _std(new: Operands, p: Problem) -> Call:
 def _weight(new: Operands, p: Problem) -> Call:
     (rows, width), (noise, aligned) = p.sizes, p.flags
     # The launcher adds what a slice's first tile may reach before it.
-    features, slices = (width * slices_for(width), slices_for(width)) if aligned else uneven(width - 15)
+    features, slices = features_for(width - (0 if aligned else 15), aligned)
     weight, seed = new.normal(rows, features), new.seed()
     options: dict[str, Any] = {"noise_type": "per_channel", "std_dev": 0.02, "seed": seed} if noise else {}
 

@@ -15,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from triton_analog import environment
-from triton_analog.launch import Hardware, hardware, runs_kernel
+from triton_analog.launch import Hardware, hardware, named_hardware, runs_kernel
 from triton_analog.tuning import store, tables
 from triton_analog.tuning.audit import audit
 from triton_analog.tuning.autotune import results_directory
@@ -222,7 +222,7 @@ def _shown_hardware(options: argparse.Namespace, parser: argparse.ArgumentParser
         parser.error(f"--target: got {target}; {options.gpu} is {known}")
     if target is None:
         parser.error(f"--gpu: {options.gpu!r} is not one of {', '.join(GPUS)}; give its --target too")
-    return Hardware(options.gpu or "", target, int(target[3:]) if target.startswith("sm_") else 0)
+    return named_hardware(options.gpu or "", target)
 
 
 def _show(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

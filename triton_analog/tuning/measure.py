@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from statistics import median, quantiles
 from typing import Any
 
@@ -78,6 +79,7 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
         yield
 
 
+@cache
 def _nvidia_driver() -> str:
     """Its version; it comes with the tool that tells."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from triton_analog.launch import Hardware, has_wide_tiles
+from triton_analog.launch import has_wide_tiles, named_hardware
 from triton_analog.tuning.compiling import Kernel, compile_kernel, launch_of, recorded_call
 from triton_analog.tuning.fingerprint import code_hash, space_hash
 from triton_analog.tuning.model import GPUS, Compiled, gpus_of, microseconds, work_of
@@ -210,7 +210,7 @@ def static_sweep(
             "TRITON_INTERPRET is set: the interpreter compiles nothing; unset it and start a new process"
         )
     target = GPUS[gpu].target
-    hardware = Hardware(gpu, target, int(target[3:]) if target.startswith("sm_") else 0)
+    hardware = named_hardware(gpu, target)
     plans = [
         (space, problem, _plan(space, problem))
         for space in spaces

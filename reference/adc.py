@@ -90,5 +90,8 @@ def adc(
 
 
 def adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
-    """``grad [M, N]`` where the slice behind ``mask`` did not saturate, elsewhere 0."""
-    return torch.where(unpack_bits(mask, grad.shape[1]), 0.0, grad)
+    """``grad [M, N]`` where each slice of ``mask`` did not saturate, elsewhere 0: ``[S, M, N]``."""
+    out = grad.new_empty(mask.shape[0], *grad.shape)
+    for bits, passed in zip(mask, out, strict=True):
+        passed.copy_(grad).masked_fill_(unpack_bits(bits, grad.shape[1]), 0)
+    return out

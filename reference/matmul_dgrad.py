@@ -13,8 +13,10 @@ from .slicing import iter_slices
 
 
 def masked(grad: Tensor, mask: Tensor | None, s: int) -> Tensor:
-    """The part of ``grad [M, N]`` that passed the ADC of slice ``s``."""
-    return grad if mask is None else torch.where(unpack_bits(mask[s], grad.shape[1]), 0.0, grad)
+    """The part of ``grad [M, N]`` that passed the ADC of slice ``s``; ``mask`` may be the parts of all slices already."""
+    if mask is None or mask.is_floating_point():
+        return grad if mask is None else wide(mask[s])
+    return torch.where(unpack_bits(mask[s], grad.shape[1]), 0.0, grad)
 
 
 @without_autocast

@@ -46,11 +46,11 @@ def viewed(x: Tensor, view: str) -> Tensor:
 
 
 def padded_rows(x: Tensor) -> Tensor:
-    """The matrix ``x`` again, in rows of a multiple of 16 elements, so that tensor descriptors can address it. NaN (integers:
-    the largest) lies beyond its last column."""
-    rows, cols = x.shape
+    """The matrix (or matrices) ``x`` again, in rows of a multiple of 16 elements, so that tensor descriptors can address it.
+    NaN (integers: the largest) lies beyond its last column."""
+    *rows, cols = x.shape
     gap = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
-    return x.new_full((rows, cols + -cols % 16), gap)[:, :cols].copy_(x)
+    return x.new_full((*rows, cols + -cols % 16), gap)[..., :cols].copy_(x)
 
 
 def cut(x: Tensor, slices: int) -> tuple[Tensor, ...]:
@@ -86,26 +86,6 @@ def packed(flags: Tensor) -> Tensor:
     bits = np.ascontiguousarray(by_block[..., columns_of_bits().reshape(-1)])
     words = np.packbits(bits, axis=-1, bitorder="little").view(np.int32)
     return torch.from_numpy(words).to(flags.device)
-
-
-MASKS = {  # what saturated, of [2 slices, 40 rows, 150 columns]
-    "nothing": [],
-    "the first": [(0, 0, 0)],
-    "the last": [(1, 39, 149)],
-    "one in the second block of words": [(0, 20, 130)],
-    "a whole slice": [(1,)],
-    "one row": [(slice(None), 17)],
-    "one column": [(0, slice(None), 127)],
-    "one block": [(1, slice(16, 32), slice(32, 64))],
-}
-
-
-def masks_of(saturated: list[tuple[Any, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The flags ``[2, 40, 150]`` that one of :data:`MASKS` sets, and those set in both slices where one of them is."""
-    flags = torch.zeros(2, 40, 150, dtype=torch.bool, device=device)
-    for where in saturated:
-        flags[where] = True
-    return flags, flags.any(0).expand_as(flags)
 
 
 # ---- Tolerance ------------------------------------------------------------------------------------------------------

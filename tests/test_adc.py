@@ -194,33 +194,33 @@ def test_without_a_bound_the_gradient_passes(backend, device):
 
 
 @all_dtypes
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (37, 45), (3, 127), (2, 300)])
-def test_the_gradient_passes_where_nothing_saturated(rows, columns, dtype, backend, device):
+@pytest.mark.parametrize(("slices", "rows", "columns"), [(1, 1, 1), (1, 37, 45), (2, 3, 127), (3, 2, 300)])
+def test_the_gradient_passes_where_a_slice_did_not_saturate(slices, rows, columns, dtype, backend, device):
     """Infinite gradients elsewhere do not matter."""
-    flags = randn(rows, columns, device=device) > 0.5
-    grad = randn(rows, columns, device=device, dtype=dtype)
-    out = ops.adc_grad(grad.masked_fill(flags, torch.inf), packed(flags))
+    flags = randn(slices, rows, columns, device=device) > 0.5
+    grad = randn(rows, columns, device=device, dtype=dtype).masked_fill(flags.all(0), torch.inf)
+    out = ops.adc_grad(grad, packed(flags))
     assert out.dtype == dtype
-    assert torch.equal(out, grad.masked_fill(flags, 0))
+    assert torch.equal(out, grad.expand(slices, rows, columns).masked_fill(flags, 0))
 
 
 @all_views
 def test_gradients_in_any_memory_layout(view, backend, device):
-    grad, flags = randn(7, 45, device=device), randn(7, 45, device=device) > 0.5
+    grad, flags = randn(7, 45, device=device), randn(2, 7, 45, device=device) > 0.5
     out = ops.adc_grad(viewed(grad, view), packed(flags))
     assert out.is_contiguous()
-    assert torch.equal(out, grad.masked_fill(flags, 0))
+    assert torch.equal(out, grad.expand(2, 7, 45).masked_fill(flags, 0))
     expanded = ops.adc_grad(grad[:1].expand(7, 45), packed(flags))
-    assert torch.equal(expanded, grad[:1].expand(7, 45).masked_fill(flags, 0))
+    assert torch.equal(expanded, grad[:1].expand(2, 7, 45).masked_fill(flags, 0))
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
 @pytest.mark.parametrize("config", [AdcConfig(1, 16), AdcConfig(16, 64), AdcConfig(64, 128)])
 def test_blocks_do_not_change_the_gradient(config, backend, device):
-    grad, flags = randn(21, 150, device=device), randn(21, 150, device=device) > 0.5
-    assert torch.equal(launch_adc_grad(grad, packed(flags), config), grad.masked_fill(flags, 0))
+    grad, flags = randn(21, 150, device=device), randn(2, 21, 150, device=device) > 0.5
+    assert torch.equal(launch_adc_grad(grad, packed(flags), config), grad.expand(2, 21, 150).masked_fill(flags, 0))
 
 
 def test_the_gradient_of_an_empty_batch(backend, device):
-    grad, mask = torch.empty(0, 9, device=device), torch.empty(1, 0, 4, dtype=torch.int32, device=device)
-    assert ops.adc_grad(grad, mask).shape == (0, 9)
+    grad, mask = torch.empty(0, 9, device=device), torch.empty(2, 1, 0, 4, dtype=torch.int32, device=device)
+    assert ops.adc_grad(grad, mask).shape == (2, 0, 9)

@@ -1,15 +1,15 @@
 """SEMANTICS 6: gradients of the product in its input and its input range."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from helpers import (
-    MASKS,
     all_dtypes,
     all_views,
     assert_accurate,
     cut,
     dac_steps,
-    masks_of,
     off_ties,
     packed,
     padded_rows,
@@ -175,11 +175,12 @@ def test_any_blocks_are_right(config, backend, device):
     """Slices of 8 columns: blocks reach into the next slice."""
     grad, weight, x = operands(35, 145, 24, device)
     grad, weight = padded_rows(grad), padded_rows(weight)
-    assert describable(grad, weight)
-    assert slices_describable(weight, 3)
     flags, mask = random_mask(3, 35, 145, device)
-    r = make_range(3, device)
-    assert_gradients(launched(grad, weight, x, r, 3, mask, config), grad, weight, x, r, 3, flags)
+    r, passed = make_range(3, device), padded_rows(ops.adc_grad(grad, mask))
+    assert describable(grad, passed, weight)
+    assert slices_describable(weight, 3)
+    for given in (mask, passed):
+        assert_gradients(launched(grad, weight, x, r, 3, given, config), grad, weight, x, r, 3, flags)
     assert_gradients(launched(grad, weight, x, None, 3, None, config), grad, weight, x, None, 1)
 
 
@@ -207,42 +208,50 @@ def test_awkward_widths(shape, descriptors, backend, device):
     rows, columns, features, slices = shape
     grad, weight, x = operands(rows, columns, features, device)
     grad, weight, x = (padded_rows(t) for t in (grad, weight, x))
-    assert describable(grad, weight)
     flags, mask = random_mask(slices, rows, columns, device)
-    r = make_range(slices, device)
+    r, passed = make_range(slices, device), padded_rows(ops.adc_grad(grad, mask))
+    assert describable(grad, passed, weight)
     config = MatmulDgradConfig(16, 32, 64, PARTS=2, DESCRIPTORS=descriptors)
-    assert_gradients(launched(grad, weight, x, r, slices, mask, config), grad, weight, x, r, slices, flags)
+    for given in (mask, passed):
+        assert_gradients(launched(grad, weight, x, r, slices, given, config), grad, weight, x, r, slices, flags)
 
 
-# ---- Masks ------------------------------------------------------------------------------------------------------------
+# ---- What the slices let pass -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("saturated", MASKS.values(), ids=MASKS)
-def test_masks_with_few_bits(saturated, backend, device):
-    """Blocks without a bit are not looked at again; huge gradients that saturated everywhere leave no trace."""
+def test_gradients_that_no_slice_lets_pass_leave_no_trace(backend, device):
     grad, weight, x = operands(40, 150, 37, device)
-    flags, everywhere = masks_of(saturated, device)
-    r, mask = make_range(2, device), packed(flags)
-    assert bool(mask.any()) is bool(saturated)
-    assert_gradients(ops.matmul_dgrad(grad, weight, x, r, 2, mask), grad, weight, x, r, 2, flags)
-    if backend == "kernel":
-        config = MatmulDgradConfig(16, 32, 32, DESCRIPTORS=False)
-        assert_gradients(launched(grad, weight, x, r, 2, mask, config), grad, weight, x, r, 2, flags)
-    for size in (1e5, -torch.inf):
-        huge = grad.masked_fill(everywhere[0], size)
-        actual = ops.matmul_dgrad(huge, weight, x, r, 2, packed(everywhere))
-        assert_gradients(actual, grad, weight, x, r, 2, everywhere)
+    flags = torch.zeros(2, 40, 150, dtype=torch.bool, device=device)
+    flags[:, 17] = flags[:, :, 127] = flags[:, 16:32, 32:64] = True
+    r, infinite = make_range(2, device), grad.masked_fill(flags[0], -torch.inf)
+    assert_gradients(ops.matmul_dgrad(infinite, weight, x, r, 2, packed(flags)), grad, weight, x, r, 2, flags)
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-def test_a_bit_among_thousands_of_columns(backend, device):
-    grad, weight, x = operands(17, 4300, 9, device)
-    flags = torch.zeros(2, 17, 4300, dtype=torch.bool, device=device)
-    flags[0, 16, 4095] = flags[1, 0, 4096] = flags[0, 3, 4299] = True
-    for columns in (64, 128):
-        config = MatmulDgradConfig(16, columns, 16, DESCRIPTORS=False)
-        actual = launched(grad, weight, x, None, 2, packed(flags), config)
-        assert_gradients(actual, grad, weight, x, None, 2, flags)
+@pytest.mark.parametrize("ranged", [False, True])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_few_slices_at_a_time(at_once, ranged, backend, device, monkeypatch):
+    """Where there is no memory for what all slices let pass."""
+    grad, weight, x = operands(35, 145, 37, device)
+    flags, mask = random_mask(5, 35, 145, device)
+    r = make_range(5, device) if ranged else None
+    options = {"inp_res": 254.0, "needs_steps": True} if ranged else {}
+    expected = ops.matmul_dgrad(grad, weight, x, r, 5, mask, **options)
+    assert_gradients(expected, grad, weight, x, r, 5, flags)
+    monkeypatch.setattr(import_module("triton_analog.ops.adc"), "PASSED_ELEMENTS", at_once * grad.numel())
+    for actual, same in zip(ops.matmul_dgrad(grad, weight, x, r, 5, mask, **options), expected, strict=True):
+        assert torch.equal(actual, same)
+
+
+@all_dtypes
+def test_what_passes_stands_for_the_mask(dtype, backend, device):
+    grad, weight, x = operands(19, 37, 100, device, dtype)
+    flags, mask = random_mask(3, 19, 37, device)
+    r, passed = make_range(3, device), ops.adc_grad(grad, mask)
+    for actual, same in zip(*(ops.matmul_dgrad(grad, weight, x, r, 3, each) for each in (passed, mask)), strict=True):
+        assert torch.equal(actual, same)
+    transposed = passed.transpose(0, 2).contiguous().transpose(0, 2)
+    assert_gradients(ops.matmul_dgrad(grad, weight, x, r, 3, transposed), grad, weight, x, r, 3, flags)
 
 
 # ---- Steps in place of the input --------------------------------------------------------------------------------------

@@ -1,16 +1,17 @@
 """SEMANTICS 6: gradient of the product in its weight (and bias)."""
 
+from importlib import import_module
+from itertools import product
+
 import pytest
 import torch
 from helpers import (
     DTYPES,
-    MASKS,
     all_dtypes,
     all_views,
     assert_accurate,
     cut,
     dac_formula,
-    masks_of,
     off_ties,
     packed,
     padded_rows,
@@ -196,9 +197,11 @@ def test_any_blocks_are_right(config, kind, backend, device):
         sources.append((padded_rows(ops.dac_steps(x, r, 3, 254)[0].float()), True))
         assert describable(grad, sources[-1][0])
         assert slices_describable(sources[-1][0], 3)
-    for source, converted in sources:
+    passed = padded_rows(ops.adc_grad(grad, mask))
+    assert describable(passed)
+    for (source, converted), given in product(sources, (mask, passed)):
         options = {"bias_dtype": torch.float32, "config": config}
-        dw, dbias = launch_matmul_wgrad(grad, source, r, 3, mask, 254, torch.float32, converted, **options)
+        dw, dbias = launch_matmul_wgrad(grad, source, r, 3, given, 254, torch.float32, converted, **options)
         assert_gradient(dw, grad, x, r, 3, 254, flags)
         assert_accurate(dbias, grad.double().sum(0), grad.sum(0), size=grad.abs().sum(0).max())
 
@@ -228,38 +231,48 @@ def test_awkward_widths(shape, descriptors, backend, device):
     grad, x, r = operands(rows, columns, features, slices, "static", 254, device)
     steps = padded_rows(ops.dac_steps(x, r, slices, 254)[0].float())
     grad = padded_rows(grad)
-    assert describable(grad, steps)
     flags, mask = random_mask(slices, rows, columns, device)
+    passed = padded_rows(ops.adc_grad(grad, mask))
+    assert describable(grad, passed, steps)
     config = MatmulWgradConfig(16, 32, 64, DESCRIPTORS=descriptors)
-    dw, _ = launch_matmul_wgrad(grad, steps, r, slices, mask, 254, torch.float32, True, config=config)
-    assert_gradient(dw, grad, x, r, slices, 254, flags)
+    for given in (mask, passed):
+        dw, _ = launch_matmul_wgrad(grad, steps, r, slices, given, 254, torch.float32, True, config=config)
+        assert_gradient(dw, grad, x, r, slices, 254, flags)
 
 
-@pytest.mark.parametrize("saturated", MASKS.values(), ids=MASKS)
-def test_masks_with_few_bits(saturated, backend, device):
-    """Blocks without a bit are not looked at again; huge gradients that saturated everywhere leave no trace."""
+def test_gradients_that_no_slice_lets_pass_leave_no_trace(backend, device):
     grad, x, r = operands(40, 150, 37, 2, "static", 254, device)
-    flags, everywhere = masks_of(saturated, device)
-    options = {"inp_res": 254, "dtype": torch.float32}
-    assert_gradient(ops.matmul_wgrad(grad, x, r, 2, packed(flags), **options)[0], grad, x, r, 2, 254, flags)
-    if backend == "kernel":
-        config = MatmulWgradConfig(16, 32, 32, DESCRIPTORS=False)
-        dw, _ = launch_matmul_wgrad(grad, x, r, 2, packed(flags), **options, config=config)
-        assert_gradient(dw, grad, x, r, 2, 254, flags)
-    for size in (1e5, -torch.inf):
-        huge = grad.masked_fill(everywhere[0], size)
-        dw, _ = ops.matmul_wgrad(huge, x, r, 2, packed(everywhere), **options)
-        assert_gradient(dw, grad, x, r, 2, 254, everywhere)
+    flags = torch.zeros(2, 40, 150, dtype=torch.bool, device=device)
+    flags[:, 17] = flags[:, :, 127] = flags[:, 16:32, 32:64] = True
+    infinite = grad.masked_fill(flags[0], -torch.inf)
+    dw, _ = ops.matmul_wgrad(infinite, x, r, 2, packed(flags), inp_res=254)
+    assert_gradient(dw, grad, x, r, 2, 254, flags)
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-def test_a_bit_among_thousands_of_rows(backend, device):
-    grad, x, r = operands(2100, 9, 7, 2, "static", 254, device)
-    flags = torch.zeros(2, 2100, 9, dtype=torch.bool, device=device)
-    flags[0, 1023, 8] = flags[1, 1024, 0] = flags[0, 2099, 3] = True
-    config = MatmulWgradConfig(16, 16, 16, DESCRIPTORS=False)
-    dw, _ = launch_matmul_wgrad(grad, x, r, 2, packed(flags), 254, torch.float32, config=config)
-    assert_gradient(dw, grad, x, r, 2, 254, flags)
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_few_slices_at_a_time(at_once, backend, device, monkeypatch):
+    """Where there is no memory for what all slices let pass. The bias's gradient is that of all."""
+    grad, x, r = operands(35, 145, 37, 5, "static", 254, device)
+    flags, mask = random_mask(5, 35, 145, device)
+    options = {"inp_res": 254, "bias_dtype": torch.float32}
+    expected = ops.matmul_wgrad(grad, x, r, 5, mask, **options)
+    assert_gradient(expected[0], grad, x, r, 5, 254, flags)
+    monkeypatch.setattr(import_module("triton_analog.ops.adc"), "PASSED_ELEMENTS", at_once * grad.numel())
+    for actual, same in zip(ops.matmul_wgrad(grad, x, r, 5, mask, **options), expected, strict=True):
+        assert torch.equal(actual, same)
+
+
+@all_dtypes
+def test_what_passes_stands_for_the_mask(dtype, backend, device):
+    grad, x, r = operands(19, 37, 100, 3, "static", 254, device, dtype)
+    _, mask = random_mask(3, 19, 37, device)
+    options = {"inp_res": 254, "bias_dtype": torch.float32}
+    expected = ops.matmul_wgrad(grad, x, r, 3, mask, **options)
+    for actual, same in zip(
+        ops.matmul_wgrad(grad, x, r, 3, ops.adc_grad(grad, mask), **options), expected, strict=True
+    ):
+        assert torch.equal(actual, same)
 
 
 # ---- Edges ------------------------------------------------------------------------------------------------------------

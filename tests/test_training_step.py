@@ -60,7 +60,7 @@ def layer(slices=K // TILE):
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-def test_forward_and_backward_with_everything_on_start_eight_kernels(backend):
+def test_forward_and_backward_with_everything_on_start_nine_kernels(backend):
     x, w, b, r = layer()
     grad = torch.zeros(M, N, dtype=torch.bfloat16)
 
@@ -72,6 +72,7 @@ def test_forward_and_backward_with_everything_on_start_eight_kernels(backend):
         "weight_kernel",
         "matmul_prepare_kernel",
         "matmul_kernel",
+        "adc_grad_kernel",
         "weight_kernel",
         "matmul_dgrad_kernel",
         "range_grad_kernel",

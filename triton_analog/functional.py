@@ -17,6 +17,7 @@ from torch import Tensor
 from triton_analog import ops
 from triton_analog.launch import runs_kernel
 from triton_analog.ops import _checks as check
+from triton_analog.ops.adc import slices_at_once
 from triton_analog.patches import Patches
 from triton_analog.reference import merge_moments, num_slices
 from triton_analog.reference.grid import half_steps
@@ -162,12 +163,8 @@ class _AnalogLinear(torch.autograd.Function):
         patches = settings.patches
         if patches is not None and not converted:
             x = patches.unfold(x)
-        if (
-            settings.slices == 1 and mask is not None
-        ):  # masked once, the gradient serves both products; the bias takes all
-            if needs_bias:
-                dbias, needs_bias = grad.sum(0, dtype=check.wide_dtype(grad)).to(ctx.bias_dtype), False
-            grad, mask = ops.adc_grad(grad, mask[0]), None
+        if mask is not None and settings.slices <= slices_at_once(grad):
+            mask = ops.adc_grad(grad, mask)  # once for both products
         if needs_x or needs_range:
             if tile_weight is None:
                 tile_weight, _ = _modified_weight(weight, clip, weight_seed, grad.dtype, settings)
@@ -203,7 +200,7 @@ class _AnalogLinear(torch.autograd.Function):
                 converted=converted,
                 bias_dtype=ctx.bias_dtype if needs_bias else None,
             )
-            dbias = summed if needs_bias else dbias
+            dbias = summed if needs_bias else None
             if clip is not None:
                 dw, dclip = ops.weight_grad(
                     dw,

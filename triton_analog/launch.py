@@ -136,9 +136,12 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def describable(*matrices: Tensor) -> bool:
-    """Whether tensor descriptors can address these matrices: rows of contiguous elements, 16-byte aligned and distinct."""
+    """Whether tensor descriptors can address these (stacks of) matrices: rows of contiguous elements, 16-byte aligned and
+    distinct."""
     return all(
-        x.stride(1) == 1 and x.stride(0) > 0 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+        x.stride(-1) == 1
+        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        and x.data_ptr() % 16 == 0
         for x in matrices
     )
 

@@ -262,16 +262,22 @@ def clip_bits(x: Tensor, clipped: Tensor | None) -> None:
 
 
 def product_grad(grad: Tensor, x: Tensor, columns: int, slices: int, mask: Tensor | None) -> None:
-    """Gradient ``[M, N]`` of a product and its saturation mask."""
+    """Gradient ``[M, N]`` of a product, and its saturation mask or the gradients ``[S, M, N]`` that it lets pass."""
     matrix("grad", grad, columns=columns)
     rows = x.shape[0]
     require(grad.shape[0] == rows, lambda: f"grad: got shape {shape_of(grad)}; {rows} rows are needed, as x has")
     together("x", x, grad=grad)
     if x.dtype != torch.int8:
         same_dtype("x", x, grad=grad)
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():  # what it lets pass
+        require(
+            shape_of(mask) == (slices, rows, columns),
+            lambda: f"mask: got gradients of shape {shape_of(mask)}; {(slices, rows, columns)} is needed",
+        )
+        same_dtype("grad", grad, mask=mask)
+    elif mask is not None:
         saturation_mask(mask, mask_shape(slices, rows, columns))
-        together("x", x, mask=mask)
+    together("x", x, mask=mask)
 
 
 def saturation_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -15,8 +15,8 @@ STORE_16_BITS = tl.constexpr(
 
 
 def descriptor(matrix: Tensor, rows: int, columns: int, wanted: bool) -> Tensor | TensorDescriptor:
-    """``matrix`` for :func:`load_tile` in tiles of ``rows`` x ``columns``."""
-    return TensorDescriptor.from_tensor(matrix, [rows, columns]) if wanted else matrix
+    """``matrix`` for :func:`load_tile` (or several, for :func:`load_plane`) in tiles of ``rows`` x ``columns``."""
+    return TensorDescriptor.from_tensor(matrix, [1] * (matrix.ndim - 2) + [rows, columns]) if wanted else matrix
 
 
 @triton.jit
@@ -40,6 +40,19 @@ def load_tile(
         columns = column + tl.arange(0, COLUMNS).to(tl.int64)[None, :]
         inside = (rows < row_end) & (columns < column_end)
         return tl.load(source + rows * stride_row + columns * stride_column, mask=inside, other=0)
+
+
+@triton.jit
+def load_plane(
+    source, plane, row, column, stride_plane, stride_row, stride_column, row_end, column_end,
+    DESCRIPTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_tile` of ``source[plane]``."""
+    if DESCRIPTOR:
+        return source.load([plane, row, column]).reshape(ROWS, COLUMNS)
+    else:
+        source += plane.to(tl.int64) * stride_plane
+        return load_tile(source, row, column, stride_row, stride_column, row_end, column_end, False, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -89,32 +102,6 @@ def store_bits(mask_ptr, words, s, first_m, first_n, M, N, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def flagged_columns(mask_ptr, s, first_m, first_n, M, N, ROWS: tl.constexpr):
-    """A bit for each 64 of the 4096 columns from ``first_n`` on: whether slice ``s`` saturated there, in ``ROWS`` rows."""
-    block = tl.arange(0, 32)
-    word = tl.arange(0, 4 * ROWS)
-    row = (s * tl.cdiv(N, 128) + first_n // 128 + block).to(tl.int64) * M + first_m
-    inside = (first_n + 128 * block < N)[:, None] & (first_m + word // 4 < M)[None, :]
-    words = tl.load(mask_ptr + row[:, None] * 4 + word[None, :], mask=inside, other=0)
-    left = tl.max(((words & 0xFFFF) != 0).to(tl.int64), axis=1)
-    right = tl.max(((words >> 16) != 0).to(tl.int64), axis=1)
-    return tl.sum((left << (2 * block)) | (right << (2 * block + 1)))
-
-
-@triton.jit
-def flagged_rows(mask_ptr, s, first_m, first_n, M, N, ROWS: tl.constexpr):
-    """A bit for each ``ROWS`` of the ``64 * ROWS`` rows from ``first_m`` on: whether slice ``s`` saturated there, in the 128
-    columns around ``first_n``."""
-    group = tl.arange(0, 64)
-    word = tl.arange(0, 4 * ROWS)
-    m = first_m + group * ROWS
-    row = (s * tl.cdiv(N, 128) + first_n // 128).to(tl.int64) * M + m
-    inside = m[:, None] + word[None, :] // 4 < M
-    words = tl.load(mask_ptr + row[:, None] * 4 + word[None, :], mask=inside, other=0)
-    return tl.sum(tl.max((words != 0).to(tl.int64), axis=1) << group)
-
-
-@triton.jit
 def saturated(mask_ptr, s, first_m, first_n, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Whether slice ``s`` saturated, for a tile of up to 128 columns; anything beyond the product."""
     m = first_m + tl.arange(0, ROWS)[:, None]
@@ -124,20 +111,3 @@ def saturated(mask_ptr, s, first_m, first_n, M, N, ROWS: tl.constexpr, COLUMNS: 
     u = first_n % 128 // 8 + tl.arange(0, COLUMNS // 8)
     bit = 2 * u[None, :, None, None] + tl.arange(0, 2)[None, None, None, :]
     return ((words[:, None, :, None] >> bit.to(tl.int32)) & 1 != 0).reshape(ROWS, COLUMNS)
-
-
-@triton.jit
-def blocked_part(
-    grad, mask_ptr, s, first_m, first_n, M, N, attempt, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """A tile of gradients for another attempt at a product that sums over ``AXIS``: first minus those that slice ``s`` did
-    not let pass, next all others; and whether the first are too large, beside the others, to be subtracted without a trace."""
-    blocked = saturated(mask_ptr, s, first_m, first_n, M, N, ROWS, COLUMNS)
-    g = grad.to(tl.float32)
-    size = g.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # as integers in the same order, NaN and infinity largest
-    passing = tl.max(tl.where(blocked, 0, size), axis=AXIS)
-    stopped = tl.max(tl.where(blocked, size, 0), axis=AXIS)
-    # Eight in the exponent are a factor of 256.
-    too_large = tl.max(((stopped > passing + (8 << 23)) | (stopped >= 0x7F800000)).to(tl.int32))
-    part = tl.where(blocked == (attempt == 0), tl.where(attempt == 0, -g, g), 0.0)
-    return part, too_large

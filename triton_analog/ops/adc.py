@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
 from triton_analog.tuning.lookup import choose
 from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
+
+PASSED_ELEMENTS = 2**27
+"""Of the gradients that slices let pass, kept at one time (or one slice's): 256 MB of bf16."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,18 @@ def launch_adc(
 
 @triton.jit(do_not_specialize=["M"])
 def adc_grad_kernel(
-    grad_ptr, mask_ptr, out_ptr, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    grad_ptr, mask_ptr, out_ptr, M, N, S, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     first_n = tl.program_id(1).to(tl.int64) * BLOCK_N
     m = first_m + tl.arange(0, BLOCK_M)[:, None]
     n = first_n + tl.arange(0, BLOCK_N)[None, :]
     inside = (m < M) & (n < N)
-    grad = tl.load(grad_ptr + m * stride_m + n * stride_n, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.where(saturated(mask_ptr, 0, first_m, first_n, M, N, BLOCK_M, BLOCK_N), 0.0, grad)
-    tl.store(out_ptr + m * N + n, cast(grad, out_ptr.dtype.element_ty), mask=inside)
+    grad = tl.load(grad_ptr + m * stride_m + n * stride_n, mask=inside, other=0.0)
+    address = out_ptr + m * N + n
+    for s in range(S):
+        passed = tl.where(saturated(mask_ptr, s, first_m, first_n, M, N, BLOCK_M, BLOCK_N), 0.0, grad)
+        tl.store(address + M.to(tl.int64) * N * s, passed, mask=inside)
 
 
 def default_grad_config(problem: Problem) -> AdcConfig:
@@ -124,12 +130,30 @@ GRAD_SPACE = Space(
 
 
 def launch_adc_grad(grad: Tensor, mask: Tensor, config: AdcConfig | None = None) -> Tensor:
-    M, N = grad.shape
+    (M, N), S = grad.shape, mask.shape[0]
     config = config or choose(GRAD_SPACE, grad.device, grad.dtype, (M, N))
-    out = torch.empty(M, N, dtype=grad.dtype, device=grad.device)
+    out = torch.empty(S, M, N, dtype=grad.dtype, device=grad.device)
     grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
-    launch(adc_grad_kernel, grid, grad.device, grad, mask, out, M, N, *grad.stride(), **vars(config))
+    launch(adc_grad_kernel, grid, grad.device, grad, mask, out, M, N, S, *grad.stride(), **vars(config))
     return out
+
+
+def slices_at_once(grad: Tensor) -> int:
+    """For how many slices what passes of ``grad`` may be kept at one time."""
+    return max(1, PASSED_ELEMENTS // max(1, grad.numel()))
+
+
+def passed_gradients(grad: Tensor, mask: Tensor | None, slices: int) -> Iterator[tuple[int, int, Tensor]]:
+    """What a product's backward goes through: the first slice, the number of slices, and their gradients ``[count, M, N]``.
+
+    Without a mask one gradient ``[1, M, N]`` serves all slices. ``mask`` may also be what passes already.
+    """
+    if mask is None or mask.is_floating_point():
+        yield 0, slices, grad.unsqueeze(0) if mask is None else mask
+        return
+    for first in range(0, slices, slices_at_once(grad)):
+        part = mask[first : first + slices_at_once(grad)]
+        yield first, len(part), launch_adc_grad(grad, part)
 
 
 @torch.library.custom_op("triton_analog::adc_grad", mutates_args=())
@@ -139,22 +163,22 @@ def _adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
 
 @_adc_grad.register_fake
 def _(grad, mask):
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return grad.new_empty(mask.shape[0], *grad.shape)
 
 
 def adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
-    """``grad [M, N]`` where one slice's product did not saturate, elsewhere 0; contiguous.
+    """``grad [M, N]`` where each slice's product did not saturate, elsewhere 0: ``[S, M, N]``, contiguous.
 
     Args:
         grad: Gradient of the output converter's result, any strides.
-        mask: int32 ``[ceil(N / 128), M, 4]``: the slice's part of a product's saturation mask.
+        mask: int32 ``[S, ceil(N / 128), M, 4]``: a product's saturation mask, or that of some of its slices.
 
     Raises:
         TypeError, ValueError: dtypes, devices or shapes outside the above.
     """
     check.matrix("grad", grad)
-    check.saturation_mask(mask, mask_shape(1, *grad.shape)[1:])
     check.together("grad", grad, mask=mask)
+    check.saturation_mask(mask, mask_shape(mask.shape[0] if mask.ndim == 4 else 1, *grad.shape))
     return _adc_grad(grad, mask)
 
 
@@ -193,7 +217,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     (mask,) = ctx.saved_tensors
     if ctx.bounded:
-        grad = _adc_grad(grad, mask)
+        grad = _adc_grad(grad, mask.unsqueeze(0)).squeeze(0)
     return grad, None, None, None, None, None, None, None, None
 
 

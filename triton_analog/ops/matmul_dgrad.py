@@ -25,7 +25,8 @@ from triton_analog.launch import (
     slices_describable,
 )
 from triton_analog.ops import _checks as check
-from triton_analog.ops._tiles import blocked_part, column_parts, descriptor, flagged_columns, grouped, load_tile
+from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_plane, load_tile
+from triton_analog.ops.adc import passed_gradients
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
 from triton_analog.reference.grid import half_steps
 from triton_analog.tuning.lookup import choose
@@ -74,7 +75,7 @@ def _fits(problem: Problem, config: MatmulDgradConfig) -> bool:
 
 
 SPACE = Space(
-    "matmul_dgrad", MatmulDgradConfig, sizes=("rows", "columns", "width"), flags=("range", "mask"),
+    "matmul_dgrad", MatmulDgradConfig, sizes=("rows", "columns", "width"), flags=("range",),
     formula=default_config, fits=_fits,
     values={
         "BLOCK_M": (16, 32, 64, 128, 256), "BLOCK_N": (16, 32, 64), "BLOCK_K": (16, 32, 64, 128, 256), "GROUP_M": (8, 16),
@@ -103,38 +104,6 @@ def clip_flags(x_ptr, clipped_ptr, range_ptr, s, m, k, M, K, stride_m, stride_k,
 
 
 @triton.jit
-def without_saturated(
-    dx, grad, w, mask_ptr, s, first_m, first_k, M, N, k_end, stride_gm, stride_gn, stride_wn, stride_wk,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``dx`` without the gradients that slice ``s`` did not let pass: the blocks that have any are subtracted again.
-
-    They are rare, and the loop before never has to touch an operand for them. What is infinite, or large enough for its
-    rounding to be seen in the rest, cannot be subtracted: then everything is added up anew.
-    """
-    anew = 0
-    for attempt in range(2):
-        if (attempt == 0) | (anew > 0):
-            dx = tl.where(attempt == 0, dx, 0.0)
-            for chunk in range(0, N, 4096):
-                flags = flagged_columns(mask_ptr, s, first_m, chunk, M, N, BLOCK_M)
-                for i in tl.range(0, 4096 // BLOCK_N, num_stages=1):
-                    flag = (flags >> (i * BLOCK_N // 64)) & (1 if BLOCK_N <= 64 else 3)
-                    first_n = chunk + i * BLOCK_N
-                    if (first_n < N) & ((flag != 0) | (attempt > 0)):
-                        g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
-                        b = load_tile(
-                            w, first_n, first_k, stride_wn, stride_wk, N, k_end, DESCRIPTORS, BLOCK_N, BLOCK_K
-                        )
-                        g, too_large = blocked_part(
-                            g, mask_ptr, s, first_m, first_n, M, N, attempt, 1, BLOCK_M, BLOCK_N
-                        )
-                        anew += too_large
-                        dx = dot(cast(g, b.dtype), b, dx, PRECISION)
-    return dx
-
-
-@triton.jit
 def finish_part(
     dx, x_ptr, clipped_ptr, range_ptr, dx_ptr, steps_ptr, s, m, start, first_column, width, M, K, stride_xm, stride_xk,
     in_q_max, CLIP: tl.constexpr, FAST: tl.constexpr, STEPS: tl.constexpr, INT8: tl.constexpr, COLUMNS: tl.constexpr,
@@ -158,18 +127,19 @@ def finish_part(
     return widen, unclipped
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "first_slice", "count"])
 def matmul_dgrad_kernel(
-    grad, w, x_ptr, clipped_ptr, range_ptr, mask_ptr, dx_ptr, steps_ptr, parts_ptr,
-    M, N, K, S, stride_gm, stride_gn, stride_wn, stride_wk, stride_xm, stride_xk, width, in_q_max,
-    CLIP: tl.constexpr, FAST: tl.constexpr, MASK: tl.constexpr, STEPS: tl.constexpr, INT8: tl.constexpr,
+    grad, w, x_ptr, clipped_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, first_slice, count,
+    stride_gs, stride_gm, stride_gn, stride_wn, stride_wk, stride_xm, stride_xk, width, in_q_max,
+    CLIP: tl.constexpr, FAST: tl.constexpr, SLICED: tl.constexpr, STEPS: tl.constexpr, INT8: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """``width`` is that of a slice in whole blocks."""
+    """``count`` slices, each with a gradient of its own if ``SLICED``. ``width`` is that of a slice in whole blocks."""
     blocks_m, blocks_k = tl.cdiv(M, BLOCK_M), width // BLOCK_K
-    block_m, block_k = grouped(tl.program_id(0), blocks_m, S * blocks_k, GROUP_M)
-    s = block_k // blocks_k
+    block_m, block_k = grouped(tl.program_id(0), blocks_m, count * blocks_k, GROUP_M)
+    plane = block_k // blocks_k if SLICED else 0
+    s = first_slice + block_k // blocks_k
     start, slice_width = slice_bounds(s, K, S, ALIGNED)
     first_m, first_column = block_m * BLOCK_M, block_k % blocks_k * BLOCK_K
     first_k, k_end = start + first_column, start + slice_width
@@ -177,14 +147,11 @@ def matmul_dgrad_kernel(
 
     dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first_n in range(0, N, BLOCK_N):
-        g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+        g = load_plane(
+            grad, plane, first_m, first_n, stride_gs, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N
+        )
         b = load_tile(w, first_n, first_k, stride_wn, stride_wk, N, k_end, DESCRIPTORS, BLOCK_N, BLOCK_K)
         dx = dot(g, b, dx, PRECISION)
-    if MASK:
-        dx = without_saturated(
-            dx, grad, w, mask_ptr, s, first_m, first_k, M, N, k_end, stride_gm, stride_gn, stride_wn, stride_wk,
-            PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
 
     COLUMNS: tl.constexpr = BLOCK_K // PARTS
     parts = column_parts(dx, PARTS, BLOCK_M, BLOCK_K)
@@ -221,9 +188,7 @@ def launch_matmul_dgrad(
     (M, K), N = x.shape, weight.shape[0]
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
-    config = config or choose(
-        SPACE, x.device, grad.dtype, (M, N, triton.cdiv(K, slices)), (input_range is not None, mask is not None)
-    )
+    config = config or choose(SPACE, x.device, grad.dtype, (M, N, triton.cdiv(K, slices)), (input_range is not None,))
     blocks_m, blocks_k = triton.cdiv(M, config.BLOCK_M), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
     width, clip = blocks_k * config.BLOCK_K, input_range is not None
     input_range = None if input_range is None else input_range.contiguous()
@@ -231,17 +196,18 @@ def launch_matmul_dgrad(
     parts = torch.empty(slices, blocks_m * blocks_k if clip else 0, 2, dtype=torch.float32, device=x.device)
     steps = torch.empty(M if needs_steps else 0, K, dtype=grad.dtype, device=x.device)
     options = dict(vars(config))
-    options["DESCRIPTORS"] = descriptors = (
-        config.DESCRIPTORS and describable(grad, weight) and slices_describable(weight, slices)
-    )
-    launch(
-        matmul_dgrad_kernel, (blocks_m * slices * blocks_k,), x.device,
-        descriptor(grad, config.BLOCK_M, config.BLOCK_N, descriptors),
-        descriptor(weight, config.BLOCK_N, config.BLOCK_K, descriptors), x, clipped, input_range, mask, dx, steps, parts,
-        M, N, K, slices, *grad.stride(), *weight.stride(), *x.stride(), width, half_steps(inp_res),
-        CLIP=clip, FAST=fast_mode, MASK=mask is not None, STEPS=needs_steps, INT8=x.dtype == torch.int8,
-        PRECISION=input_precision(), ALIGNED=aligned(K, slices), **options,
-    )  # fmt: skip
+    for first, count, passed in passed_gradients(grad, mask, slices):
+        options["DESCRIPTORS"] = descriptors = (
+            config.DESCRIPTORS and describable(passed, weight) and slices_describable(weight, slices)
+        )
+        launch(
+            matmul_dgrad_kernel, (blocks_m * count * blocks_k,), x.device,
+            descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),
+            descriptor(weight, config.BLOCK_N, config.BLOCK_K, descriptors), x, clipped, input_range, dx, steps, parts,
+            M, N, K, slices, first, count, *passed.stride(), *weight.stride(), *x.stride(), width, half_steps(inp_res),
+            CLIP=clip, FAST=fast_mode, SLICED=len(passed) > 1, STEPS=needs_steps, INT8=x.dtype == torch.int8,
+            PRECISION=input_precision(), ALIGNED=aligned(K, slices), **options,
+        )  # fmt: skip
     if input_range is None:
         return dx, parts.new_empty(0), steps
     dr = launch_range_grad(parts, input_range, M, K, decay, input_min_percentage, fast_mode, input_range.dtype)
@@ -316,7 +282,8 @@ def matmul_dgrad(
         x: Inputs ``[M, K]`` of the forward, or what :func:`triton_analog.ops.dac_steps` kept of them (int8).
         input_range: ``[S]``, or None where nothing clips (no range or a dynamic one); its gradient is then empty.
         slices: Number of slices of the columns.
-        mask: The forward's saturation mask, or None without a bound.
+        mask: The forward's saturation mask, or what it lets pass of ``grad`` (:func:`triton_analog.ops.adc_grad`), which
+            spares the second of the two gradients a pass; or None without a bound.
         clipped: The flags of :func:`triton_analog.ops.dac_steps`, needed with an int8 ``x`` and a range.
         decay: Pull of the range towards 0 where almost nothing clips; 0 is off.
         input_min_percentage: Share of unclipped inputs above which ``decay`` acts.

@@ -26,7 +26,8 @@ from triton_analog.launch import (
     slices_describable,
 )
 from triton_analog.ops import _checks as check
-from triton_analog.ops._tiles import blocked_part, descriptor, flagged_rows, grouped, load_tile
+from triton_analog.ops._tiles import descriptor, grouped, load_plane, load_tile
+from triton_analog.ops.adc import passed_gradients
 from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
 from triton_analog.tuning.lookup import choose
@@ -76,40 +77,12 @@ def _fits(problem: Problem, config: MatmulWgradConfig) -> bool:
 
 
 SPACE = Space(
-    "matmul_wgrad", MatmulWgradConfig, sizes=("rows", "columns", "width"), flags=("mask",), formula=default_config,
-    fits=_fits,
+    "matmul_wgrad", MatmulWgradConfig, sizes=("rows", "columns", "width"), formula=default_config, fits=_fits,
     values={
         "BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128, 256), "BLOCK_K": (16, 32, 64, 128, 256), "GROUP_N": (8, 16),
         "DESCRIPTORS": (True, False), "num_warps": (4, 8), "num_stages": (3, 4),
     },
 )  # fmt: skip
-
-
-@triton.jit
-def without_saturated(
-    dw, grad, x, mask_ptr, s, first_n, first_k, M, N, k_end, stride_gm, stride_gn, stride_xm, stride_xk,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``dw`` without the gradients that slice ``s`` did not let pass, as in :mod:`matmul_dgrad`."""
-    anew = 0
-    for attempt in range(2):
-        if (attempt == 0) | (anew > 0):
-            dw = tl.where(attempt == 0, dw, 0.0)
-            for chunk in range(0, M, 64 * BLOCK_M):
-                flags = flagged_rows(mask_ptr, s, chunk, first_n, M, N, BLOCK_M)
-                for i in tl.range(0, 64, num_stages=1):
-                    first_m = chunk + i * BLOCK_M
-                    if (first_m < M) & (((flags >> i) & 1 != 0) | (attempt > 0)):
-                        g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
-                        b = load_tile(
-                            x, first_m, first_k, stride_xm, stride_xk, M, k_end, DESCRIPTORS, BLOCK_M, BLOCK_K
-                        )
-                        g, too_large = blocked_part(
-                            g, mask_ptr, s, first_m, first_n, M, N, attempt, 0, BLOCK_M, BLOCK_N
-                        )
-                        anew += too_large
-                        dw = dot(tl.trans(cast(g, b.dtype)), b, dw, PRECISION)
-    return dw
 
 
 @triton.jit
@@ -125,38 +98,37 @@ def sum_columns(grad_ptr, out_ptr, first_n, M, N, stride_m, stride_n, BLOCK_M: t
     tl.store(out_ptr + n, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "first_slice", "count"])
 def matmul_wgrad_kernel(
-    grad, x, grad_ptr, range_ptr, mask_ptr, dw_ptr, dbias_ptr,
-    M, N, K, S, stride_gm, stride_gn, stride_xm, stride_xk, in_q_max,
-    SCALE: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    grad, x, all_ptr, range_ptr, dw_ptr, dbias_ptr, M, N, K, S, first_slice, count,
+    stride_gs, stride_gm, stride_gn, stride_am, stride_an, stride_xm, stride_xk, in_q_max,
+    SCALE: tl.constexpr, SLICED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_N: tl.constexpr,
 ):  # fmt: skip
-    """With ``BIAS`` the first programs sum columns of the gradient."""
+    """``count`` slices, each with a gradient of its own if ``SLICED``. With ``BIAS`` the first programs sum columns of the
+    whole gradient at ``all_ptr``."""
     program, blocks_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     if BIAS:
         programs = tl.cdiv(N, BIAS_COLUMNS)
         if program < programs:
-            sum_columns(grad_ptr, dbias_ptr, program * BIAS_COLUMNS, M, N, stride_gm, stride_gn, 256, BIAS_COLUMNS)
+            sum_columns(all_ptr, dbias_ptr, program * BIAS_COLUMNS, M, N, stride_am, stride_an, 256, BIAS_COLUMNS)
             return
         program -= programs
     blocks_k = tl.cdiv(tl.cdiv(K, S), BLOCK_K)
-    block_n, block_k = grouped(program, blocks_n, S * blocks_k, GROUP_N)
-    s = block_k // blocks_k
+    block_n, block_k = grouped(program, blocks_n, count * blocks_k, GROUP_N)
+    plane = block_k // blocks_k if SLICED else 0
+    s = first_slice + block_k // blocks_k
     start, slice_width = slice_bounds(s, K, S, ALIGNED)
     first_n, first_column = block_n * BLOCK_N, block_k % blocks_k * BLOCK_K
     first_k, k_end = start + first_column, start + slice_width
 
     dw = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for first_m in range(0, M, BLOCK_M):
-        g = load_tile(grad, first_m, first_n, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N)
+        g = load_plane(
+            grad, plane, first_m, first_n, stride_gs, stride_gm, stride_gn, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N
+        )
         b = load_tile(x, first_m, first_k, stride_xm, stride_xk, M, k_end, DESCRIPTORS, BLOCK_M, BLOCK_K)
         dw = dot(tl.trans(g), b, dw, PRECISION)
-    if MASK:
-        dw = without_saturated(
-            dw, grad, x, mask_ptr, s, first_n, first_k, M, N, k_end, stride_gm, stride_gn, stride_xm, stride_xk,
-            PRECISION, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
     if SCALE:
         dw *= step_of(tl.abs(tl.load(range_ptr + s + tl.zeros((1, 1), tl.int32)).to(tl.float32)), in_q_max)
     n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -188,22 +160,26 @@ def launch_matmul_wgrad(
             x = x.to(grad.dtype)
         else:  # the step of a dynamic range differs from row to row, so it cannot wait for the end
             x = launch_dac(x, input_range, slices, inp_res, dtype=grad.dtype, values=not static, converted=converted)
-    config = config or choose(SPACE, x.device, grad.dtype, (M, N, triton.cdiv(K, slices)), (mask is not None,))
+    config = config or choose(SPACE, x.device, grad.dtype, (M, N, triton.cdiv(K, slices)))
     blocks_n, blocks_k = triton.cdiv(N, config.BLOCK_N), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
     dw = torch.empty(N, K, dtype=dtype, device=x.device)
     dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
-    bias_programs = 0 if bias_dtype is None else triton.cdiv(N, BIAS_COLUMNS.value)
     options = dict(vars(config))
-    options["DESCRIPTORS"] = descriptors = config.DESCRIPTORS and describable(grad, x) and slices_describable(x, slices)
-    launch(
-        matmul_wgrad_kernel, (blocks_n * slices * blocks_k + bias_programs,), x.device,
-        descriptor(grad, config.BLOCK_M, config.BLOCK_N, descriptors),
-        descriptor(x, config.BLOCK_M, config.BLOCK_K, descriptors), grad,
-        None if input_range is None else input_range.contiguous(), mask, dw, dbias,
-        M, N, K, slices, *grad.stride(), *x.stride(), q_max,
-        SCALE=static and q_max > 0, MASK=mask is not None, BIAS=bias_dtype is not None, PRECISION=input_precision(),
-        ALIGNED=aligned(K, slices), **options,
-    )  # fmt: skip
+    for first, count, passed in passed_gradients(grad, mask, slices):
+        options["DESCRIPTORS"] = descriptors = (
+            config.DESCRIPTORS and describable(passed, x) and slices_describable(x, slices)
+        )
+        sums = bias_dtype is not None and first == 0
+        programs = blocks_n * count * blocks_k + (triton.cdiv(N, BIAS_COLUMNS.value) if sums else 0)
+        launch(
+            matmul_wgrad_kernel, (programs,), x.device,
+            descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),
+            descriptor(x, config.BLOCK_M, config.BLOCK_K, descriptors), grad,
+            None if input_range is None else input_range.contiguous(), dw, dbias,
+            M, N, K, slices, first, count, *passed.stride(), *grad.stride(), *x.stride(), q_max,
+            SCALE=static and q_max > 0, SLICED=len(passed) > 1, BIAS=sums, PRECISION=input_precision(),
+            ALIGNED=aligned(K, slices), **options,
+        )  # fmt: skip
     return dw, dbias
 
 
@@ -251,7 +227,7 @@ def matmul_wgrad(
         x: Inputs ``[M, K]`` of the forward, as they were before the converter unless ``converted``.
         input_range: ``[S]``, ``[S, M]`` or None, as in the forward.
         slices: Number of slices of the columns.
-        mask: The forward's saturation mask, or None without a bound.
+        mask: As in :func:`triton_analog.ops.matmul_dgrad`.
         inp_res: The input converter's resolution, as in the forward.
         dtype: Of the weight's gradient; default that of ``grad``.
         converted: ``x`` holds numbers of steps: those of :func:`triton_analog.ops.matmul_dgrad` in the dtype of ``grad``, or

@@ -88,7 +88,7 @@ def _adc(new: Operands, p: Problem) -> Call:
 
 
 def _adc_grad(new: Operands, p: Problem) -> Call:
-    grad, mask = new.normal(*p.sizes), new.mask(1, *p.sizes)[0]
+    grad, mask = new.normal(*p.sizes), new.mask(1, *p.sizes)
     return lambda: ops.adc_grad(grad, mask)
 
 
@@ -143,22 +143,20 @@ def _matmul(new: Operands, p: Problem) -> Call:
 
 
 def _matmul_dgrad(new: Operands, p: Problem) -> Call:
-    (rows, columns, width), (ranged, masked) = p.sizes, p.flags
-    slices = slices_for(width) if ranged or masked else 1  # otherwise they make no difference
+    (rows, columns, width), (ranged,) = p.sizes, p.flags
+    slices = slices_for(width) if ranged else 1  # otherwise they make no difference
     x, r = new.normal(rows, width * slices), new.full(slices, value=3.0)
     grad, weight = new.normal(rows, columns), new.normal(columns, width * slices)
-    mask = new.mask(slices, rows, columns) if masked else None
     options: dict[str, Any] = {"inp_res": 254, "needs_steps": True} if ranged else {}
-    return lambda: ops.matmul_dgrad(grad, weight, x, r if ranged else None, slices, mask, **options)
+    return lambda: ops.matmul_dgrad(grad, weight, x, r if ranged else None, slices, **options)
 
 
 def _matmul_wgrad(new: Operands, p: Problem) -> Call:
-    (rows, columns, width), (masked,) = p.sizes, p.flags
+    rows, columns, width = p.sizes
     slices = slices_for(width)
     x, r = new.steps(rows, width * slices, dtype=p.dtype), new.full(slices, value=3.0)
     grad = new.normal(rows, columns)
-    mask = new.mask(slices, rows, columns) if masked else None
-    return lambda: ops.matmul_wgrad(grad, x, r, slices, mask, inp_res=254, dtype=p.dtype, converted=True)
+    return lambda: ops.matmul_wgrad(grad, x, r, slices, inp_res=254, dtype=p.dtype, converted=True)
 
 
 def _noise(new: Operands, p: Problem) -> Call:

@@ -175,8 +175,8 @@ def _matmul(problem: Problem, config: Any) -> Work:
 
 
 def _matmul_dgrad(problem: Problem, config: Any) -> Work:
-    (rows, columns, width), (ranged, masked) = problem.sizes, problem.flags
-    slices = slices_for(width) if ranged or masked else 1
+    (rows, columns, width), (ranged,) = problem.sizes, problem.flags
+    slices = slices_for(width) if ranged else 1
     tiles = triton.cdiv(rows, config.BLOCK_M) * slices * triton.cdiv(width, config.BLOCK_K)
     elements = rows * columns + width * slices * (columns + (3 if ranged else 1) * rows)
     tile = config.BLOCK_M, config.BLOCK_K, config.BLOCK_N

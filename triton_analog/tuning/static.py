@@ -108,25 +108,14 @@ def _plan(space: Space[Any], problem: Problem) -> list[Named]:
     ]
 
 
-def _unmasked(kernel: Named) -> Named:
-    """The same without a saturation mask: as saturation is rare, what runs of a masked gradient is this."""
-    if kernel.op not in ("matmul_dgrad", "matmul_wgrad"):
-        return kernel
-    flags = (*kernel.problem.flags[:-1], False)
-    options = tuple((name, False if name == "MASK" else value) for name, value in kernel.options)
-    return replace(kernel, problem=kernel.problem._replace(flags=flags), options=options)
-
-
 _compiled: dict[tuple[Any, ...], Compiled | BaseException] = {}
 """By a kernel's name: GPUs of one architecture share them."""
 
 
 def _numbers(kernel: Named) -> Compiled | None:
     """Of a kernel that was compiled; None if it could not be or does not fit the GPU."""
-    whole, running = _compiled[kernel.name], _compiled[_unmasked(kernel).name]
-    if not isinstance(whole, Compiled) or not isinstance(running, Compiled) or whole.occupancy == 0:
-        return None
-    return replace(whole, instructions=running.instructions, hottest_loop=running.hottest_loop)
+    compiled = _compiled[kernel.name]
+    return compiled if isinstance(compiled, Compiled) and compiled.occupancy > 0 else None
 
 
 # ---- The choice ---------------------------------------------------------------------------------------------------------
@@ -217,14 +206,14 @@ def static_sweep(
         for problem in problems(space, hardware, layers, rows, dtypes, max_input_size, on)
         if skip is None or not skip(space, space.key(problem), gpu)
     ]
-    needed = {k.name: k for *_, kernels in plans for kernel in kernels for k in (kernel, _unmasked(kernel))}
+    needed = {kernel.name: kernel for *_, kernels in plans for kernel in kernels}
     missing = [kernel for name, kernel in needed.items() if name not in _compiled]
     done = 0
     if progress is not None and missing:
         progress(done, len(missing))
     with Processes(jobs) as processes:
         for space, problem, kernels in plans:
-            while any(k.name not in _compiled for kernel in kernels for k in (kernel, _unmasked(kernel))):
+            while any(kernel.name not in _compiled for kernel in kernels):
                 chunk = missing[done : done + CHUNK]
                 _compiled.update(zip((k.name for k in chunk), processes.map(compile_kernel, chunk), strict=True))
                 done += len(chunk)

@@ -57,7 +57,7 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
         "absmax": [("plain", lambda: launch_absmax(w, S))],
         "adc": [
             ("noise+adc", lambda: launch_adc(y, static[:1], 0.04, wmax[0], 10.0, wmax[0], 254.0, seed, 0)),
-            ("grad", lambda: launch_adc_grad(y, mask[0])),
+            ("grad", lambda: launch_adc_grad(y, mask)),
         ],
         "dac": [
             ("static", lambda: launch_dac(x, static, S, 254.0)),

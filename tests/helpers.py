@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+from packaging.version import Version
 from torch import Tensor
 
 from triton_analog import reference
@@ -14,6 +16,11 @@ from triton_analog import reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 all_views = pytest.mark.parametrize("view", ["contiguous", "transposed", "strided", "column_sliced"])
+
+needs_interpreter = pytest.mark.skipif(
+    triton.__version__.startswith("3.6.") and Version(np.__version__) >= Version("2.4"),
+    reason="the interpreter of Triton 3.6 fails with NumPy 2.4 and later",
+)
 
 # ---- Inputs ---------------------------------------------------------------------------------------------------------
 

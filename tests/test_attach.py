@@ -38,8 +38,8 @@ def model(config: TorchInferenceRPUConfig | None = None, dtype: torch.dtype = to
 
 def backward(net: nn.Module) -> None:
     net.zero_grad()
-    dtype = next(net.parameters()).dtype
-    net(torch.randn(3, 6, dtype=dtype)).square().sum().backward()
+    weight = next(net.parameters())
+    net(torch.randn(3, 6, dtype=weight.dtype, device=weight.device)).square().sum().backward()
 
 
 def once_clipped(stepped: Tensor) -> Tensor:

@@ -8,10 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
-import pytest
-import triton
-from packaging.version import Version
+from helpers import needs_interpreter
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits.py"
 LEVELS = [0, 2, 5, 10, 15, 20]
@@ -39,10 +36,7 @@ def test_hardware_aware_training_keeps_the_accuracy(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(
-    triton.__version__.startswith("3.6.") and Version(numpy.__version__) >= Version("2.4"),
-    reason="the interpreter of Triton 3.6 fails with NumPy 2.4 and later",
-)
+@needs_interpreter
 def test_kernels_train_as_the_reference_does(tmp_path: Path) -> None:
     printed = run(tmp_path, "--kernels", "--steps", "5")
     assert len(re.findall(r"^ +\d+ +[\d.]+ +[\d.]+ +[\d.e+-]+$", printed, re.MULTILINE)) == 5

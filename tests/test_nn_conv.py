@@ -225,12 +225,12 @@ def test_autocast_gives_the_dtype_of_autocast(options: str) -> None:
 
 def test_the_kernels_compute_what_the_reference_does(backend: str, device: torch.device) -> None:
     torch.manual_seed(0)
-    layer = analog(2, without_noise(), 4, 4, 2, groups=2, padding=1, dtype=torch.float32)
+    layer = analog(2, without_noise(), 4, 4, 2, groups=2, padding=1, dtype=torch.float32, device=device)
     with torch.no_grad():
         layer.input_range.uniform_(1, 2)
     layer.rpu_config.pre_post.input_range.init_from_data = 0
-    twin, x = copy.deepcopy(layer).double(), inputs(2)
-    y = layer.to(device)(x.to(device, torch.float32))
+    twin, x = copy.deepcopy(layer).to("cpu", torch.float64), inputs(2)
+    y = layer(x.to(device, torch.float32))
     with torch.no_grad(), launch.backend("reference"):
         expected = twin.eval()(x)
     step = 2 * 4.0 * 2 * layer.weight.abs().max().item() / 254 * len(layer.get_split_sizes())

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import needs_interpreter
 
 from triton_analog import environment, launch
 from triton_analog.launch import Hardware, hardware
@@ -431,6 +432,7 @@ SWEEP = ["sweep", "--op", "adc_grad", "--rows", "16", "--dtype", "fp32", "--shap
 """A dozen problems of two configurations each."""
 
 
+@needs_interpreter
 def test_an_interrupted_sweep_loses_nothing_and_goes_on_from_there(tmp_path):
     path = store.table_path(tmp_path, "cpu", "adc_grad")
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process inherits it if it is ignored

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from helpers import needs_interpreter
 from torch import Tensor
 
 from triton_analog import launch
@@ -572,6 +573,7 @@ def interpreter(monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
+@needs_interpreter
 def test_every_device_has_a_process_of_its_own(tmp_path, tuner, interpreter):
     results = sweep([job(columns) for columns in COLUMNS], tmp_path, [CPU, CPU])
     assert sorted(columns_of(done.job.key) for done in results) == columns_in(tmp_path) == COLUMNS
@@ -608,6 +610,7 @@ def tuned_by(output: str) -> list[int]:
     return [int(line.removeprefix("tuning ")) for line in output.splitlines() if line.startswith("tuning ")]
 
 
+@needs_interpreter
 def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, tuner, interpreter):
     killed = start(tmp_path, DIES_AT="32")
     output, errors = killed.communicate()
@@ -622,6 +625,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, tuner, interprete
     assert first in json.loads(store.table_path(tmp_path, "cpu", "adc_grad").read_text())["entries"]
 
 
+@needs_interpreter
 def test_machines_share_the_work_and_all_have_the_results(tmp_path, interpreter):
     """Also what one of them had before; and whatever a rank has, it makes no difference to the others' shares."""
     machines = [tmp_path / "first", tmp_path / "second"]

@@ -27,6 +27,10 @@ class Aihwkit(Peer):
             return f"its import fails: {type(error).__name__}: {error}"
         return None
 
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Its tiles compute in fp32."""
+        return torch.float32
+
     def convert(self, digital: nn.Module, recipe: Recipe) -> nn.Module:
         """One tile's weights span ``+-1`` of a scale per tile, or per column where the recipe scales per channel."""
         if not isinstance(digital, nn.Linear):

@@ -208,6 +208,7 @@ def launch_matmul_dgrad(
             CLIP=clip, FAST=fast_mode, SLICED=len(passed) > 1, STEPS=needs_steps, INT8=x.dtype == torch.int8,
             PRECISION=input_precision(), ALIGNED=aligned(K, slices), **options,
         )  # fmt: skip
+        del passed  # before the next ones are made
     if input_range is None:
         return dx, parts.new_empty(0), steps
     dr = launch_range_grad(parts, input_range, M, K, decay, input_min_percentage, fast_mode, input_range.dtype)

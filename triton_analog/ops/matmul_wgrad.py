@@ -180,6 +180,7 @@ def launch_matmul_wgrad(
             SCALE=static and q_max > 0, SLICED=len(passed) > 1, BIAS=sums, PRECISION=input_precision(),
             ALIGNED=aligned(K, slices), **options,
         )  # fmt: skip
+        del passed  # before the next ones are made
     return dw, dbias
 
 

@@ -36,8 +36,7 @@ TRAINING_FLAGS: dict[str, tuple[tuple[bool, ...], ...]] = {
     "adc": ((True, True),),
     "dac": ((False,),),
     "matmul": ((True, True, False), (True, False, False), (False, True, False), (False, False, False)),
-    "matmul_dgrad": ((True, True), (True, False)),
-    "matmul_wgrad": ((True,), (False,)),
+    "matmul_dgrad": ((True,),),
 }
 """What is switched on while training with a static input range. Flags that follow from a layer's shape are not listed."""
 

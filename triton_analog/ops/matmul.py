@@ -72,13 +72,19 @@ class MatmulConfig:
     num_stages: int = 3
 
 
+def _has_tensor_memory(capability: int) -> bool:
+    """There Triton 3.6 cannot compile slices that are finished in one part."""
+    return 100 <= capability < 120
+
+
 def default_config(problem: Problem) -> MatmulConfig:
     rows, columns, width = problem.sizes
     per_slice, noise, dynamic = problem.flags
     capability, size = problem.hardware.capability, problem.dtype.itemsize
     block_k = block(width, 128 // size if has_wide_tiles(capability) else min(64, 128 // size), 32 if size == 1 else 16)
     block_m, block_n = block(rows, 64, 32), block(columns, 128, 64)
-    parts = 2 if block_n == 128 and (per_slice or noise) else 1
+    in_parts = (block_n == 128 and (per_slice or noise)) or (per_slice and _has_tensor_memory(capability))
+    parts = 2 if in_parts else 1
     if capability == 0:  # AMD's shared memory has no room for splitting a tile
         return MatmulConfig(block_m, block_n, block_k, DESCRIPTORS=False, num_stages=2)
     if not has_wide_tiles(capability) or size == 4:
@@ -105,6 +111,7 @@ def _fits(problem: Problem, config: MatmulConfig) -> bool:
         and (size > 1 or config.BLOCK_K >= 32)  # what NVIDIA's integer products take
         and operands_fit(problem.hardware, config.BLOCK_M + config.BLOCK_N, row_bytes, config.num_stages)
         and outputs <= (64 if per_slice else 128)  # a second accumulator holds the sum over slices
+        and (config.PARTS > 1 or not (per_slice and _has_tensor_memory(capability)))
         and (config.PARTS == 1 or ((per_slice or noise) and part >= 32 and not (per_slice and config.PARTS > 2)))
         and (config.PREPARED or columns <= 1024)  # else the input is converted too often
         and config.DESCRIPTORS is (has_wide_tiles(capability) and size < 4)

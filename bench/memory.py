@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bench.recipes import Recipe
 from triton_analog import reference
-from triton_analog.ops.adc import PASSED_ELEMENTS
+from triton_analog.ops.adc import slices_at_once
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,13 @@ def ours(rows: int, k: int, n: int, recipe: Recipe, size: int) -> Kept:
         kept += rows * k + -(-k // 4) * rows
     weight = n * k * size if _noisy_weight(recipe) else 0
     converted = rows * k * size
-    # What each slice lets pass of the gradient.
-    passed = min(slices, max(1, PASSED_ELEMENTS // (rows * n))) * rows * n * size if _has_adc(recipe) else 0
+    passed = min(slices, slices_at_once(rows * n)) * rows * n * size if _has_adc(recipe) else 0
     return Kept(
         kept,
         rows * k * size if full else 0,
         rows * n * size + weight + converted,  # output, noisy weight, the converter's integers
-        (rows * n + rows * k + n * k) * size
-        + weight
-        + converted
-        + passed,  # output, two gradients, and the same two again
+        # Output, two gradients, noisy weight and integers again, and what each slice lets pass of the gradient.
+        (rows * n + rows * k + n * k) * size + weight + converted + passed,
     )
 
 

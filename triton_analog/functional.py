@@ -17,7 +17,7 @@ from torch import Tensor
 from triton_analog import ops
 from triton_analog.launch import runs_kernel
 from triton_analog.ops import _checks as check
-from triton_analog.ops.adc import slices_at_once
+from triton_analog.ops.adc import mask_once
 from triton_analog.patches import Patches
 from triton_analog.reference import merge_moments, num_slices
 from triton_analog.reference.grid import half_steps
@@ -163,8 +163,7 @@ class _AnalogLinear(torch.autograd.Function):
         patches = settings.patches
         if patches is not None and not converted:
             x = patches.unfold(x)
-        if mask is not None and settings.slices <= slices_at_once(grad):
-            mask = ops.adc_grad(grad, mask)  # once for both products
+        mask = mask_once(grad, mask)
         if needs_x or needs_range:
             if tile_weight is None:
                 tile_weight, _ = _modified_weight(weight, clip, weight_seed, grad.dtype, settings)

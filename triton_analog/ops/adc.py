@@ -138,9 +138,9 @@ def launch_adc_grad(grad: Tensor, mask: Tensor, config: AdcConfig | None = None)
     return out
 
 
-def slices_at_once(grad: Tensor) -> int:
-    """For how many slices what passes of ``grad`` may be kept at one time."""
-    return max(1, PASSED_ELEMENTS // max(1, grad.numel()))
+def slices_at_once(elements: int) -> int:
+    """For how many slices what passes of a gradient of so many ``elements`` may be kept at one time."""
+    return max(1, PASSED_ELEMENTS // max(1, elements))
 
 
 def passed_gradients(grad: Tensor, mask: Tensor | None, slices: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -151,8 +151,9 @@ def passed_gradients(grad: Tensor, mask: Tensor | None, slices: int) -> Iterator
     if mask is None or mask.is_floating_point():
         yield 0, slices, grad.unsqueeze(0) if mask is None else mask
         return
-    for first in range(0, slices, slices_at_once(grad)):
-        part = mask[first : first + slices_at_once(grad)]
+    count = slices_at_once(grad.numel())
+    for first in range(0, slices, count):
+        part = mask[first : first + count]
         yield first, len(part), launch_adc_grad(grad, part)
 
 
@@ -164,6 +165,13 @@ def _adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
 @_adc_grad.register_fake
 def _(grad, mask):
     return grad.new_empty(mask.shape[0], *grad.shape)
+
+
+def mask_once(grad: Tensor, mask: Tensor | None) -> Tensor | None:
+    """For a backward with both of a product's gradients: what passes, in place of ``mask``, if it may all be kept."""
+    if mask is None or mask.shape[0] > slices_at_once(grad.numel()):
+        return mask
+    return _adc_grad(grad, mask)
 
 
 def adc_grad(grad: Tensor, mask: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from triton_analog.launch import (
 )
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
-from triton_analog.ops.adc import _adc_grad, slices_at_once
+from triton_analog.ops.adc import mask_once
 from triton_analog.ops.dac import SPACE as DAC_SPACE
 from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
 from triton_analog.ops.matmul_dgrad import _matmul_dgrad
@@ -492,8 +492,7 @@ def _backward(ctx, grad, _):
     dx = dw = dbias = dr = None
     needs_x, needs_weight, needs_bias, needs_range = ctx.needs_input_grad[:4]
     static = input_range if input_range is not None and input_range.ndim == 1 else None
-    if mask is not None and ctx.slices <= slices_at_once(grad):
-        mask = _adc_grad(grad, mask)  # once for both products
+    mask = mask_once(grad, mask)
     if needs_x or needs_range:
         dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, 0.0, 1.0, False, -1.0, False)
         dr = dr if static is not None else None

@@ -166,6 +166,11 @@ def aligned(features: int, slices: int) -> bool:
     return features % (16 * slices) == 0
 
 
+def cdiv(size: int, part: int) -> int:
+    """``ceil(size / part)``; ``triton.cdiv`` takes microseconds on the host, and a step calls it some twenty times."""
+    return -(-size // part)
+
+
 def block(size: int, largest: int, smallest: int = 16) -> int:
     """The power of two that covers ``size``, within ``smallest .. largest``: a block no larger than its tensor needs."""
-    return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))
+    return max(smallest, min(largest, 1 << (max(size, 1) - 1).bit_length()))

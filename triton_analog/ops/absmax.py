@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_analog import reference
-from triton_analog.launch import aligned, block, launch, runs_kernel
+from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, load_tile, slice_span
 from triton_analog.tuning.lookup import choose
@@ -52,7 +52,7 @@ SPACE = Space(
 
 def _choose(x: Tensor, slices: int) -> AbsmaxConfig:
     rows, features = x.shape
-    return choose(SPACE, x.device, x.dtype, (rows, triton.cdiv(features, slices)), (features % 16 == 0,))
+    return choose(SPACE, x.device, x.dtype, (rows, cdiv(features, slices)), (features % 16 == 0,))
 
 
 @triton.jit
@@ -113,13 +113,13 @@ def _launch(x: Tensor, slices: int, programs: int, maxima: Tensor | None, config
 
 def launch_absmax(x: Tensor, slices: int, config: AbsmaxConfig | None = None) -> Tensor:
     config = config or _choose(x, slices)
-    return _launch(x, slices, triton.cdiv(x.shape[0], config.BLOCK_N), None, config)
+    return _launch(x, slices, cdiv(x.shape[0], config.BLOCK_N), None, config)
 
 
 def launch_absmax_and_maxima(x: Tensor, slices: int, config: AbsmaxConfig | None = None) -> tuple[Tensor, Tensor]:
     """:func:`absmax` and maxima ``[S, P]`` of its rows, few enough for every program of the next kernel to reduce."""
     config = config or _choose(x, slices)
-    programs = min(triton.cdiv(x.shape[0], config.BLOCK_N), max(1, MAX_PROGRAMS // slices))
+    programs = min(cdiv(x.shape[0], config.BLOCK_N), max(1, MAX_PROGRAMS // slices))
     maxima = torch.empty(slices, programs, dtype=torch.float32, device=x.device)
     return _launch(x, slices, programs, maxima, config), maxima
 

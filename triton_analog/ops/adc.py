@@ -16,7 +16,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import OUTPUT_STREAM, cast, convert, normal_tile, pack_bits
-from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.launch import block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import saturated, store_bits
 from triton_analog.reference.adc import mask_shape
@@ -92,8 +92,8 @@ def launch_adc(
     q_max = half_steps(out_res)
     out = torch.empty(M, N, dtype=y.dtype, device=y.device)
     mask = torch.empty(*mask_shape(1, M, N if out_bound > 0 else 0)[1:], dtype=torch.int32, device=y.device)
-    columns = triton.cdiv(N, 128) * 128 if out_bound > 0 else N  # whole words of the mask
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(columns, config.BLOCK_N))
+    columns = cdiv(N, 128) * 128 if out_bound > 0 else N  # whole words of the mask
+    grid = (cdiv(M, config.BLOCK_M), cdiv(columns, config.BLOCK_N))
     strides = [0 if t is None or t.numel() == 1 else t.stride(0) for t in (input_range, noise_wmax, bound_wmax)]
     launch(
         adc_kernel, grid, y.device, y, input_range, noise_wmax, bound_wmax, seed, out, mask, M, N, *y.stride(), *strides,
@@ -133,7 +133,7 @@ def launch_adc_grad(grad: Tensor, mask: Tensor, config: AdcConfig | None = None)
     (M, N), S = grad.shape, mask.shape[0]
     config = config or choose(GRAD_SPACE, grad.device, grad.dtype, (M, N))
     out = torch.empty(S, M, N, dtype=grad.dtype, device=grad.device)
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N))
+    grid = (cdiv(M, config.BLOCK_M), cdiv(N, config.BLOCK_N))
     launch(adc_grad_kernel, grid, grad.device, grad, mask, out, M, N, S, *grad.stride(), **vars(config))
     return out
 

@@ -24,7 +24,7 @@ from triton_analog.lang import (
     step_of,
     to_steps,
 )
-from triton_analog.launch import aligned, block, launch, runs_kernel
+from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops.input_range import _input_range_grad
 from triton_analog.reference.grid import half_steps
@@ -128,12 +128,12 @@ def launch_dac(
 ) -> Tensor:
     """``values``: converted inputs in their own unit, otherwise numbers of steps; ``x`` holds those if ``converted``."""
     M, K = x.shape
-    width = triton.cdiv(K, slices)
+    width = cdiv(K, slices)
     config = config or choose(SPACE, x.device, x.dtype, (M, width), (input_range.ndim == 2,))
     q_max = half_steps(inp_res)
     out = torch.empty(M, K, dtype=dtype or x.dtype, device=x.device)
     launch(
-        dac_kernel, (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices), x.device, x,
+        dac_kernel, (cdiv(M, config.BLOCK_M), cdiv(width, config.BLOCK_K), slices), x.device, x,
         input_range.contiguous(), out, M, K, slices, *x.stride(), q_max, MODE=range_mode(input_range), QUANTIZE=q_max > 0,
         VALUES=values, CONVERTED=converted, ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip
@@ -261,7 +261,7 @@ def launch_dac_steps(
     steps = torch.empty(M, K, dtype=torch.int8, device=x.device)
     clipped = torch.empty(2, M if static else 0, -(-K // 8), dtype=torch.uint8, device=x.device)
     launch(
-        dac_steps_kernel, (triton.cdiv(M, config.BLOCK_M), triton.cdiv(K, config.BLOCK_K)), x.device, x,
+        dac_steps_kernel, (cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)), x.device, x,
         input_range.contiguous(), steps, clipped, M, K, slices, *x.stride(), half_steps(inp_res),
         MODE=range_mode(input_range), **vars(config),
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import cast, slice_bounds
-from triton_analog.launch import aligned, block, launch, runs_kernel
+from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, slice_span
 from triton_analog.ops.std import MAX_PROGRAMS, StdConfig, launch_parts, merged_moments, unbiased_std
@@ -151,10 +151,10 @@ def launch_input_range_grad(
     config: InputRangeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     M, K = x.shape
-    width = triton.cdiv(K, slices)
+    width = cdiv(K, slices)
     config = config or choose(SPACE, x.device, x.dtype, (M, width))
     input_range = input_range.contiguous()
-    grid = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(width, config.BLOCK_K), slices)
+    grid = (cdiv(M, config.BLOCK_M), cdiv(width, config.BLOCK_K), slices)
     dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
     parts = torch.empty(slices, grid[0] * grid[1], 2, dtype=torch.float32, device=x.device)
     launch(
@@ -266,7 +266,7 @@ def launch_input_range_update(
     slices = input_range.shape[0]
     block_s = block(slices, 1024)
     launch(
-        input_range_update_kernel, (triton.cdiv(slices, block_s),), input_range.device, input_range, count, residual,
+        input_range_update_kernel, (cdiv(slices, block_s),), input_range.device, input_range, count, residual,
         moments, slices, init_from_data, init_std_alpha, BLOCK_S=block_s,
     )  # fmt: skip
 
@@ -512,9 +512,9 @@ def merge_extrema_kernel(parts_ptr, out_ptr, P, BLOCK_P: tl.constexpr):
 
 def launch_extrema(x: Tensor, slices: int, config: ExtremaConfig | None = None) -> Tensor:
     M, K = x.shape
-    width = triton.cdiv(K, slices)
+    width = cdiv(K, slices)
     config = config or choose(EXTREMA_SPACE, x.device, x.dtype, (M, width), (K % 16 == 0,))
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(width, config.BLOCK_K)
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(width, config.BLOCK_K)
     programs = max(1, min(tiles, config.programs // slices))
     parts = torch.empty(2, slices, programs, dtype=torch.int32, device=x.device)
     launch(

@@ -35,6 +35,7 @@ from triton_analog.lang import (
 from triton_analog.launch import (
     aligned,
     block,
+    cdiv,
     describable,
     has_wide_tiles,
     input_precision,
@@ -379,9 +380,9 @@ def launch_matmul(
     int8, ranged = weight.dtype == torch.int8, input_range is not None
     dynamic = input_range is not None and input_range.ndim == 2
     config = config or choose(
-        SPACE, x.device, weight.dtype, (M, N, triton.cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
+        SPACE, x.device, weight.dtype, (M, N, cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
     )
-    width = triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K) * config.BLOCK_K
+    width = cdiv(cdiv(K, slices), config.BLOCK_K) * config.BLOCK_K
     convert = ranged and not config.PREPARED and not int8
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -398,15 +399,15 @@ def launch_matmul(
         "ADC": out_q_max > 0, "INT8": int8,
     }  # fmt: skip
     operand = new(M, slices * width, dtype=weight.dtype) if ranged and not convert else x
-    blocks_n = triton.cdiv(triton.cdiv(N, 128) * 128 if out_bound > 0 else N, config.BLOCK_N)  # whole words of the mask
+    blocks_n = cdiv(cdiv(N, 128) * 128 if out_bound > 0 else N, config.BLOCK_N)  # whole words of the mask
     columns = blocks_n * config.BLOCK_N
     coefficients = new(3, slices, columns) if int8 or out_bound > 0 else None
     poison = torch.zeros(M, dtype=torch.float32, device=x.device) if int8 else None
     if operand is not x or coefficients is not None:
         tiles = choose(DAC_SPACE, x.device, x.dtype, (M, width), (dynamic,))
-        blocks = triton.cdiv(M, tiles.BLOCK_M) if operand is not x else 0, triton.cdiv(width, tiles.BLOCK_K)
+        blocks = cdiv(M, tiles.BLOCK_M) if operand is not x else 0, cdiv(width, tiles.BLOCK_K)
         block_n = block(columns, 1024)
-        programs = slices * (blocks[0] * blocks[1] + (triton.cdiv(columns, block_n) if coefficients is not None else 0))
+        programs = slices * (blocks[0] * blocks[1] + (cdiv(columns, block_n) if coefficients is not None else 0))
         launch(
             matmul_prepare_kernel, (programs,), x.device, x, input_range, operand, noise_wmax, bound_wmax, weight_wmax,
             coefficients, poison, M, N, K, slices, *x.stride(), width, *blocks, columns, noise_columns, bound_columns,
@@ -422,7 +423,7 @@ def launch_matmul(
         config.DESCRIPTORS and describable(operand, weight) and slices_describable(weight, slices)
     )
     launch(
-        matmul_kernel, (triton.cdiv(M, config.BLOCK_M) * blocks_n,), x.device,
+        matmul_kernel, (cdiv(M, config.BLOCK_M) * blocks_n,), x.device,
         descriptor(operand, config.BLOCK_M, config.BLOCK_K, descriptors),
         descriptor(weight, config.BLOCK_N, config.BLOCK_K, descriptors),
         None if bias is None else bias.contiguous(), input_range, coefficients, noise_wmax, poison, seed, y, mask,

@@ -17,6 +17,7 @@ from triton_analog.lang import cast, dot, slice_bounds, to_steps
 from triton_analog.launch import (
     aligned,
     block,
+    cdiv,
     describable,
     has_wide_tiles,
     input_precision,
@@ -188,8 +189,8 @@ def launch_matmul_dgrad(
     (M, K), N = x.shape, weight.shape[0]
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
-    config = config or choose(SPACE, x.device, grad.dtype, (M, N, triton.cdiv(K, slices)), (input_range is not None,))
-    blocks_m, blocks_k = triton.cdiv(M, config.BLOCK_M), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
+    config = config or choose(SPACE, x.device, grad.dtype, (M, N, cdiv(K, slices)), (input_range is not None,))
+    blocks_m, blocks_k = cdiv(M, config.BLOCK_M), cdiv(cdiv(K, slices), config.BLOCK_K)
     width, clip = blocks_k * config.BLOCK_K, input_range is not None
     input_range = None if input_range is None else input_range.contiguous()
     dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)

@@ -18,6 +18,7 @@ from triton_analog.lang import cast, dot, slice_bounds, step_of
 from triton_analog.launch import (
     aligned,
     block,
+    cdiv,
     describable,
     has_wide_tiles,
     input_precision,
@@ -160,8 +161,8 @@ def launch_matmul_wgrad(
             x = x.to(grad.dtype)
         else:  # the step of a dynamic range differs from row to row, so it cannot wait for the end
             x = launch_dac(x, input_range, slices, inp_res, dtype=grad.dtype, values=not static, converted=converted)
-    config = config or choose(SPACE, x.device, grad.dtype, (M, N, triton.cdiv(K, slices)))
-    blocks_n, blocks_k = triton.cdiv(N, config.BLOCK_N), triton.cdiv(triton.cdiv(K, slices), config.BLOCK_K)
+    config = config or choose(SPACE, x.device, grad.dtype, (M, N, cdiv(K, slices)))
+    blocks_n, blocks_k = cdiv(N, config.BLOCK_N), cdiv(cdiv(K, slices), config.BLOCK_K)
     dw = torch.empty(N, K, dtype=dtype, device=x.device)
     dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
     options = dict(vars(config))
@@ -170,7 +171,7 @@ def launch_matmul_wgrad(
             config.DESCRIPTORS and describable(passed, x) and slices_describable(x, slices)
         )
         sums = bias_dtype is not None and first == 0
-        programs = blocks_n * count * blocks_k + (triton.cdiv(N, BIAS_COLUMNS.value) if sums else 0)
+        programs = blocks_n * count * blocks_k + (cdiv(N, BIAS_COLUMNS.value) if sums else 0)
         launch(
             matmul_wgrad_kernel, (programs,), x.device,
             descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.lang import normal_tile
-from triton_analog.launch import block, launch, runs_kernel
+from triton_analog.launch import block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.reference.noise import USER_STREAM
 from triton_analog.tuning.lookup import choose
@@ -57,7 +57,7 @@ def launch_noise(
 ) -> Tensor:
     config = config or choose(SPACE, seed.device, torch.float32, (rows, cols))
     out = torch.empty(rows, cols, dtype=torch.float32, device=seed.device)
-    grid = (triton.cdiv(rows, config.BLOCK_M), triton.cdiv(cols, config.BLOCK_N))
+    grid = (cdiv(rows, config.BLOCK_M), cdiv(cols, config.BLOCK_N))
     launch(noise_kernel, grid, seed.device, seed, out, rows, cols, plane, STREAM=stream, **vars(config))
     return out
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_analog import reference
-from triton_analog.launch import aligned, block, launch, runs_kernel
+from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, slice_span
 from triton_analog.tuning.lookup import choose
@@ -47,7 +47,7 @@ def default_config(problem: Problem) -> StdConfig:
     rows, width = problem.sizes
     lanes = 128 * 16 // problem.dtype.itemsize
     loads = block(rows, 8, smallest=1)
-    block_m = block(triton.cdiv(rows, loads), lanes // block(width, 128), smallest=1)
+    block_m = block(cdiv(rows, loads), lanes // block(width, 128), smallest=1)
     return StdConfig(LOADS=loads, BLOCK_M=block_m, BLOCK_K=block(width, lanes // block_m))
 
 
@@ -207,14 +207,14 @@ def launch_parts(
 ) -> Tensor:
     """Moments ``[S, 4, P]`` of ``P`` parts of every slice; ``which [S]`` holds flags, or counters if there is a ``limit``."""
     M, K = x.shape
-    width = triton.cdiv(K, slices)
+    width = cdiv(K, slices)
     config = config or choose(SPACE, x.device, x.dtype, (M, width))
     width += 0 if aligned(K, slices) else 15  # a slice's first tile may begin before it
-    tiles_m, tiles_k = triton.cdiv(M, config.LOADS * config.BLOCK_M), triton.cdiv(width, config.BLOCK_K)
+    tiles_m, tiles_k = cdiv(M, config.LOADS * config.BLOCK_M), cdiv(width, config.BLOCK_K)
     programs = max(1, config.programs // slices)
-    steps_k = triton.cdiv(tiles_k, programs)
-    steps_m = triton.cdiv(tiles_m * triton.cdiv(tiles_k, steps_k), programs)
-    grid = slices, triton.cdiv(tiles_k, steps_k), triton.cdiv(tiles_m, steps_m)
+    steps_k = cdiv(tiles_k, programs)
+    steps_m = cdiv(tiles_m * cdiv(tiles_k, steps_k), programs)
+    grid = slices, cdiv(tiles_k, steps_k), cdiv(tiles_m, steps_m)
     parts = torch.empty(slices, 4, grid[1] * grid[2], dtype=torch.float32, device=x.device)
     kind = COUNTED if limit is not None else ALL if which is None else FLAGGED
     launch(

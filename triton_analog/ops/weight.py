@@ -22,7 +22,7 @@ from triton_analog.lang import (
     steps_per_unit,
     to_steps,
 )
-from triton_analog.launch import aligned, block, launch, runs_kernel
+from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, load_tile, slice_span, store_tile
 from triton_analog.ops.absmax import (
@@ -171,7 +171,7 @@ def launch_weight(
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
     noise_type = noise_type if std_dev > 0 else "none"
-    width = triton.cdiv(K, slices) + (0 if aligned(K, slices) else 15)  # a slice's first tile may begin before it
+    width = cdiv(K, slices) + (0 if aligned(K, slices) else 15)  # a slice's first tile may begin before it
     config = config or choose(
         SPACE, weight.device, weight.dtype, (N, width), (noise_type != "none", aligned(K, slices))
     )
@@ -186,7 +186,7 @@ def launch_weight(
     P = 1 if maxima is None else maxima.shape[1]
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
     launch(
-        weight_kernel, (triton.cdiv(N, config.BLOCK_N) * slices,), weight.device, weight, clip, maxima, seed, wmax, out,
+        weight_kernel, (cdiv(N, config.BLOCK_N) * slices,), weight.device, weight, clip, maxima, seed, wmax, out,
         N, K, slices, P, *weight.stride(), *((0, 0) if clip is None else clip.stride()), half_steps(res), std_dev,
         QUANTIZATION=quantization, NOISE=noise_type, ALIGNED=aligned(K, slices), ONE_TILE=width <= config.BLOCK_K,
         BLOCK_P=block(P, 2**20), **vars(config),
@@ -342,12 +342,12 @@ def launch_weight_grad(
     config: WeightConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
-    config = config or choose(GRAD_SPACE, weight.device, weight.dtype, (N, triton.cdiv(K, slices)))
+    config = config or choose(GRAD_SPACE, weight.device, weight.dtype, (N, cdiv(K, slices)))
     quantized = quantization != "none"
     dw = torch.empty(N, K, dtype=grad.dtype, device=grad.device)
     dclip = torch.empty(slices, N, dtype=torch.float32, device=grad.device)
     launch(
-        weight_grad_kernel, (triton.cdiv(N, config.BLOCK_N) * slices,), grad.device, grad, weight, clip, dw, dclip, N, K,
+        weight_grad_kernel, (cdiv(N, config.BLOCK_N) * slices,), grad.device, grad, weight, clip, dw, dclip, N, K,
         slices, *grad.stride(), *weight.stride(), *clip.stride(), half_steps(res) if quantized else 1.0,
         QUANTIZE=quantized, ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip

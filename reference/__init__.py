@@ -14,6 +14,7 @@ from .input_range import (
     input_range_update_fast,
 )
 from .matmul import matmul
+from .matmul_backward import matmul_backward
 from .matmul_dgrad import matmul_dgrad
 from .matmul_wgrad import matmul_wgrad
 from .noise import noise
@@ -34,6 +35,7 @@ __all__ = [
     "input_range_update_fast",
     "mask_shape",
     "matmul",
+    "matmul_backward",
     "matmul_dgrad",
     "matmul_wgrad",
     "merge_moments",

@@ -217,6 +217,7 @@ READERS = {
     "input_range_grad": lambda x: ops.input_range_grad(x, x, filled(x, 2), 2)[0],
     "matmul": lambda x: ops.matmul(x, x, None, None, 2)[0],
     "matmul, converted": lambda x: ops.matmul(x, x, None, filled(x, 2), 2, inp_res=254)[0],
+    "matmul_backward": lambda x: ops.matmul_backward(x, x, x, filled(x, 2), 2, inp_res=254, bias_dtype=torch.float32),
     "matmul_dgrad": lambda x: ops.matmul_dgrad(x, x, x, filled(x, 2), 2)[0],
     "matmul_wgrad": lambda x: ops.matmul_wgrad(x, x, None, 2, bias_dtype=torch.float32),
 }
@@ -295,6 +296,7 @@ SLICED = {
     "weight": lambda s: ops.weight(W, s),
     "weight_grad": lambda s: ops.weight_grad(W, W, CLIP, s),
     "matmul": lambda s: ops.matmul(X, W, None, None, s),
+    "matmul_backward": lambda s: ops.matmul_backward(G, W, X, None, s),
     "matmul_dgrad": lambda s: ops.matmul_dgrad(G, W, X, None, s),
     "matmul_wgrad": lambda s: ops.matmul_wgrad(G, X, None, s),
 }
@@ -480,6 +482,27 @@ ERRORS = [
         ((X, INT8, None, R, 2), SCALED | {"inp_res": 1 / 300}, ValueError, "inp_res: got .*; int8 holds at most 254"),
         ((X, INT8, None, R, 2), SCALED | {"inp_res": -1}, ValueError, "inp_res: got -1; int8 holds at most 254 steps"),
         ((X, INT8, None, None, 2), SCALED, ValueError, "inp_res: got 254 without input_range; .* so pass one"),
+    ),
+    *rows(
+        ops.matmul_backward,
+        ((G[:2], W, X, None, 2), {}, ValueError, r"grad: got shape \(2, 5\); 4 rows are needed, as x has"),
+        ((G, W.half(), X, R, 2), {}, TypeError, "weight: dtype torch.float16, but grad is torch.float32; cast one"),
+        ((G, W, X, ONE, 2), {}, ValueError, r"input_range: got shape \(1,\); allowed are"),
+        (
+            (G, W, X, R, 2, MASK[:1]),
+            {},
+            ValueError,
+            r"mask: .* contiguous int32 tensor of shape \(2, 1, 4, 4\) is needed",
+        ),
+        ((G, W, X, R, 2), {"decay": -1.0}, ValueError, "decay: got -1.0; allowed is a finite number >= 0"),
+        ((G, W, X, None, 2), {"inp_res": 254}, ValueError, "inp_res: got 254 without input_range"),
+        ((G, W, STEPS, R, 2), {"inp_res": 254}, ValueError, r"clipped: got None; an int8 x .* uint8 flags"),
+        (
+            (G, W, STEPS, None, 2),
+            {},
+            ValueError,
+            "inp_res: got -1.0, but x holds steps; give the converter's resolution",
+        ),
     ),
     *rows(
         ops.matmul_dgrad,

@@ -17,7 +17,6 @@ from torch import Tensor
 from triton_analog import ops
 from triton_analog.launch import runs_kernel
 from triton_analog.ops import _checks as check
-from triton_analog.ops.adc import mask_once
 from triton_analog.patches import Patches
 from triton_analog.reference import merge_moments, num_slices
 from triton_analog.reference.grid import half_steps
@@ -157,60 +156,64 @@ class _AnalogLinear(torch.autograd.Function):
         x, clipped, weight, r, clip, weight_seed, tile_weight, mask = ctx.saved_tensors
         settings: _Settings = ctx.settings
         needs_x, needs_weight, needs_bias, needs_range, needs_clip = ctx.needs_input_grad[:5]
-        dx = dw = dbias = drange = dclip = None
+        dx: Any = None
+        dw: Any = None
+        dbias = drange = dclip = None
         static = r is not None and not settings.dynamic_range
-        converted = x.dtype == torch.int8
         patches = settings.patches
-        if patches is not None and not converted:
+        if patches is not None and x.dtype != torch.int8:
             x = patches.unfold(x)
-        mask = mask_once(grad, mask)
-        if needs_x or needs_range:
-            if tile_weight is None:
-                tile_weight, _ = _modified_weight(weight, clip, weight_seed, grad.dtype, settings)
-            needs_steps = static and settings.inp_res > 0 and (needs_weight or needs_clip)
-            dx, drange, steps = ops.matmul_dgrad(
+        needs_input, needs_matrix = needs_x or needs_range, needs_weight or needs_clip or needs_bias
+        rule: dict[str, Any] = {
+            "decay": settings.range_decay,
+            "input_min_percentage": settings.input_min_percentage,
+            "fast_mode": settings.fast_mode,
+        }
+        results: dict[str, Any] = {"dtype": weight.dtype, "bias_dtype": ctx.bias_dtype if needs_bias else None}
+        if needs_input and tile_weight is None:
+            tile_weight, _ = _modified_weight(weight, clip, weight_seed, grad.dtype, settings)
+        if needs_input and needs_matrix:
+            dx, drange, dw, dbias = ops.matmul_backward(
                 grad,
                 tile_weight,
-                x,
-                r if static else None,
-                settings.slices,
-                mask,
-                clipped=clipped,
-                decay=settings.range_decay,
-                input_min_percentage=settings.input_min_percentage,
-                fast_mode=settings.fast_mode,
-                inp_res=settings.inp_res,
-                needs_steps=needs_steps,
-            )
-            drange = drange if needs_range else None
-            if patches is not None and needs_x:
-                dx = patches.fold(dx, ctx.input_shape)
-            if needs_steps:
-                x, converted = steps, True
-        if needs_weight or needs_clip or needs_bias:
-            dw, summed = ops.matmul_wgrad(
-                grad,
                 x,
                 r,
                 settings.slices,
                 mask,
+                clipped=clipped,
                 inp_res=settings.inp_res,
-                dtype=weight.dtype,
-                converted=converted,
-                bias_dtype=ctx.bias_dtype if needs_bias else None,
+                **rule,
+                **results,
             )
-            dbias = summed if needs_bias else None
-            if clip is not None:
-                dw, dclip = ops.weight_grad(
-                    dw,
-                    weight,
-                    clip,
-                    settings.slices,
-                    quantization=settings.weight_quantization,
-                    res=settings.weight_res,
-                )
-                dclip = dclip.to(clip.dtype)
-        return dx if needs_x else None, dw if needs_weight else None, dbias, drange, dclip, *(None,) * 5
+        elif needs_input:
+            dx, drange, _ = ops.matmul_dgrad(
+                grad, tile_weight, x, r if static else None, settings.slices, mask, clipped=clipped, **rule
+            )
+        elif needs_matrix:
+            converted = x.dtype == torch.int8
+            dw, dbias = ops.matmul_wgrad(
+                grad, x, r, settings.slices, mask, inp_res=settings.inp_res, converted=converted, **results
+            )
+        if patches is not None and needs_x:
+            dx = patches.fold(dx, ctx.input_shape)
+        if needs_matrix and clip is not None:
+            dw, dclip = ops.weight_grad(
+                dw,
+                weight,
+                clip,
+                settings.slices,
+                quantization=settings.weight_quantization,
+                res=settings.weight_res,
+            )
+            dclip = dclip.to(clip.dtype)
+        return (
+            dx if needs_x else None,
+            dw if needs_weight else None,
+            dbias if needs_bias else None,
+            drange if needs_range else None,
+            dclip,
+            *(None,) * 5,
+        )
 
 
 def modified_weight(

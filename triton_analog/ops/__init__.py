@@ -11,6 +11,7 @@ from triton_analog.ops.input_range import (
     input_range_update_fast,
 )
 from triton_analog.ops.matmul import matmul
+from triton_analog.ops.matmul_backward import matmul_backward
 from triton_analog.ops.matmul_dgrad import matmul_dgrad
 from triton_analog.ops.matmul_wgrad import matmul_wgrad
 from triton_analog.ops.noise import noise
@@ -29,6 +30,7 @@ __all__ = [
     "input_range_update",
     "input_range_update_fast",
     "matmul",
+    "matmul_backward",
     "matmul_dgrad",
     "matmul_wgrad",
     "moments",

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,8 @@ from triton_analog.reference.grid import half_steps
 from triton_analog.tuning.lookup import choose
 from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
-PASSED_ELEMENTS = 2**28
-"""Of the gradients that slices let pass, kept at one time (or one slice's): 512 MB of bf16."""
+PASSED_ELEMENTS = 2**26
+"""Of the gradients that slices let pass, kept at one time (or one slice's): 128 MiB of bf16."""
 
 
 @dataclass(frozen=True)
@@ -143,18 +143,22 @@ def slices_at_once(elements: int) -> int:
     return max(1, PASSED_ELEMENTS // max(1, elements))
 
 
-def passed_gradients(grad: Tensor, mask: Tensor | None, slices: int) -> Iterator[tuple[int, int, Tensor]]:
-    """What a product's backward goes through: the first slice, the number of slices, and their gradients ``[count, M, N]``.
+def each_passed(grad: Tensor, mask: Tensor | None, slices: int, *launches: Callable[[int, int, Tensor], None]) -> None:
+    """Hand ``launches`` the first slice, the number of slices, and their gradients ``[count, M, N]``, until all had theirs.
 
     Without a mask one gradient ``[1, M, N]`` serves all slices. ``mask`` may also be what passes already.
     """
     if mask is None or mask.is_floating_point():
-        yield 0, slices, grad.unsqueeze(0) if mask is None else mask
+        for run in launches:
+            run(0, slices, grad.unsqueeze(0) if mask is None else mask)
         return
-    count = slices_at_once(grad.numel())
-    for first in range(0, slices, count):
-        part = mask[first : first + count]
-        yield first, len(part), launch_adc_grad(grad, part)
+    at_once = slices_at_once(grad.numel())
+    for first in range(0, slices, at_once):
+        part = mask[first : first + at_once]
+        passed = launch_adc_grad(grad, part)
+        for run in launches:
+            run(first, len(part), passed)
+        del passed  # before the next ones are made
 
 
 @torch.library.custom_op("triton_analog::adc_grad", mutates_args=())
@@ -165,13 +169,6 @@ def _adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
 @_adc_grad.register_fake
 def _(grad, mask):
     return grad.new_empty(mask.shape[0], *grad.shape)
-
-
-def mask_once(grad: Tensor, mask: Tensor | None) -> Tensor | None:
-    """For a backward with both of a product's gradients: what passes, in place of ``mask``, if it may all be kept."""
-    if mask is None or mask.shape[0] > slices_at_once(grad.numel()):
-        return mask
-    return _adc_grad(grad, mask)
 
 
 def adc_grad(grad: Tensor, mask: Tensor) -> Tensor:

@@ -45,9 +45,9 @@ from triton_analog.launch import (
 )
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
-from triton_analog.ops.adc import mask_once
 from triton_analog.ops.dac import SPACE as DAC_SPACE
 from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
+from triton_analog.ops.matmul_backward import _matmul_backward
 from triton_analog.ops.matmul_dgrad import _matmul_dgrad
 from triton_analog.ops.matmul_wgrad import _matmul_wgrad
 from triton_analog.reference.adc import mask_shape
@@ -493,22 +493,17 @@ def _backward(ctx, grad, _):
     dx = dw = dbias = dr = None
     needs_x, needs_weight, needs_bias, needs_range = ctx.needs_input_grad[:4]
     static = input_range if input_range is not None and input_range.ndim == 1 else None
-    mask = mask_once(grad, mask)
-    if needs_x or needs_range:
-        dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, 0.0, 1.0, False, -1.0, False)
-        dr = dr if static is not None else None
-    if needs_weight or needs_bias:
-        dw, dbias = _matmul_wgrad(
-            grad,
-            x,
-            input_range,
-            ctx.slices,
-            mask,
-            ctx.inp_res,
-            weight.dtype,
-            False,
-            ctx.bias_dtype if needs_bias else None,
+    dtype, bias_dtype = weight.dtype, ctx.bias_dtype if needs_bias else None
+    rule = 0.0, 1.0, False
+    if (needs_x or needs_range) and (needs_weight or needs_bias):
+        dx, dr, dw, dbias = _matmul_backward(
+            grad, weight, x, None, input_range, ctx.slices, mask, *rule, ctx.inp_res, dtype, bias_dtype
         )
+    elif needs_x or needs_range:
+        dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, *rule, -1.0, False)
+    elif needs_weight or needs_bias:
+        dw, dbias = _matmul_wgrad(grad, x, input_range, ctx.slices, mask, ctx.inp_res, dtype, False, bias_dtype)
+    dr = dr if static is not None else None
     return dx, dw, dbias if needs_bias else None, dr, *(None,) * 11
 
 

@@ -27,7 +27,7 @@ from triton_analog.launch import (
 )
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_plane, load_tile
-from triton_analog.ops.adc import passed_gradients
+from triton_analog.ops.adc import each_passed
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
 from triton_analog.reference.grid import half_steps
 from triton_analog.tuning.lookup import choose
@@ -171,6 +171,62 @@ def matmul_dgrad_kernel(
         tl.store(parts_ptr + part * 2 + 1, unclipped)
 
 
+class MatmulDgrad:
+    """The launches of one :func:`matmul_dgrad`, a few slices at a time, and what they write."""
+
+    def __init__(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        clipped: Tensor | None,
+        input_range: Tensor | None,
+        slices: int,
+        decay: float,
+        input_min_percentage: float,
+        fast_mode: bool,
+        inp_res: float = -1.0,
+        needs_steps: bool = False,
+        config: MatmulDgradConfig | None = None,
+    ) -> None:
+        (M, K), N = x.shape, weight.shape[0]
+        clip = input_range is not None
+        self.config = config or choose(SPACE, x.device, grad.dtype, (M, N, cdiv(K, slices)), (clip,))
+        self.blocks_m = cdiv(M, self.config.BLOCK_M)
+        self.blocks_k = cdiv(cdiv(K, slices), self.config.BLOCK_K)
+        self.weight, self.x, self.clipped, self.slices = weight, x, clipped, slices
+        self.input_range = None if input_range is None else input_range.contiguous()
+        self.rule = decay, input_min_percentage, fast_mode
+        self.inp_res = inp_res
+        self.dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
+        self.parts = torch.empty(
+            slices, self.blocks_m * self.blocks_k if clip else 0, 2, dtype=torch.float32, device=x.device
+        )
+        self.steps = torch.empty(M if needs_steps else 0, K, dtype=grad.dtype, device=x.device)
+
+    def launch(self, first: int, count: int, passed: Tensor) -> None:
+        """``count`` slices from ``first`` on, whose ADCs let ``passed [count or 1, M, N]`` through."""
+        config, weight, x, slices = self.config, self.weight, self.x, self.slices
+        (M, K), N = x.shape, weight.shape[0]
+        descriptors = config.DESCRIPTORS and describable(passed, weight) and slices_describable(weight, slices)
+        launch(
+            matmul_dgrad_kernel, (self.blocks_m * count * self.blocks_k,), x.device,
+            descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),
+            descriptor(weight, config.BLOCK_N, config.BLOCK_K, descriptors), x, self.clipped, self.input_range, self.dx,
+            self.steps, self.parts, M, N, K, slices, first, count, *passed.stride(), *weight.stride(), *x.stride(),
+            self.blocks_k * config.BLOCK_K, half_steps(self.inp_res), CLIP=self.input_range is not None, FAST=self.rule[2],
+            SLICED=len(passed) > 1, STEPS=self.steps.numel() > 0, INT8=x.dtype == torch.int8, PRECISION=input_precision(),
+            ALIGNED=aligned(K, slices), **(vars(config) | {"DESCRIPTORS": descriptors}),
+        )  # fmt: skip
+
+    def range_grad(self) -> Tensor:
+        """``dr [S]``, once all slices were launched."""
+        if self.input_range is None:
+            return self.parts.new_empty(0)
+        M, K = self.x.shape
+        return launch_range_grad(self.parts, self.input_range, M, K, *self.rule, self.input_range.dtype)
+
+
 def launch_matmul_dgrad(
     grad: Tensor,
     weight: Tensor,
@@ -186,34 +242,13 @@ def launch_matmul_dgrad(
     needs_steps: bool = False,
     config: MatmulDgradConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (M, K), N = x.shape, weight.shape[0]
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
-    config = config or choose(SPACE, x.device, grad.dtype, (M, N, cdiv(K, slices)), (input_range is not None,))
-    blocks_m, blocks_k = cdiv(M, config.BLOCK_M), cdiv(cdiv(K, slices), config.BLOCK_K)
-    width, clip = blocks_k * config.BLOCK_K, input_range is not None
-    input_range = None if input_range is None else input_range.contiguous()
-    dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
-    parts = torch.empty(slices, blocks_m * blocks_k if clip else 0, 2, dtype=torch.float32, device=x.device)
-    steps = torch.empty(M if needs_steps else 0, K, dtype=grad.dtype, device=x.device)
-    options = dict(vars(config))
-    for first, count, passed in passed_gradients(grad, mask, slices):
-        options["DESCRIPTORS"] = descriptors = (
-            config.DESCRIPTORS and describable(passed, weight) and slices_describable(weight, slices)
-        )
-        launch(
-            matmul_dgrad_kernel, (blocks_m * count * blocks_k,), x.device,
-            descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),
-            descriptor(weight, config.BLOCK_N, config.BLOCK_K, descriptors), x, clipped, input_range, dx, steps, parts,
-            M, N, K, slices, first, count, *passed.stride(), *weight.stride(), *x.stride(), width, half_steps(inp_res),
-            CLIP=clip, FAST=fast_mode, SLICED=len(passed) > 1, STEPS=needs_steps, INT8=x.dtype == torch.int8,
-            PRECISION=input_precision(), ALIGNED=aligned(K, slices), **options,
-        )  # fmt: skip
-        del passed  # before the next ones are made
-    if input_range is None:
-        return dx, parts.new_empty(0), steps
-    dr = launch_range_grad(parts, input_range, M, K, decay, input_min_percentage, fast_mode, input_range.dtype)
-    return dx, dr, steps
+    dgrad = MatmulDgrad(
+        grad, weight, x, clipped, input_range, slices, decay, input_min_percentage, fast_mode, inp_res, needs_steps, config
+    )  # fmt: skip
+    each_passed(grad, mask, slices, dgrad.launch)
+    return dgrad.dx, dgrad.range_grad(), dgrad.steps
 
 
 @torch.library.custom_op("triton_analog::matmul_dgrad", mutates_args=())

@@ -28,7 +28,7 @@ from triton_analog.launch import (
 )
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import descriptor, grouped, load_plane, load_tile
-from triton_analog.ops.adc import passed_gradients
+from triton_analog.ops.adc import each_passed
 from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
 from triton_analog.tuning.lookup import choose
@@ -139,6 +139,57 @@ def matmul_wgrad_kernel(
     tl.store(address, cast(dw, dw_ptr.dtype.element_ty), mask=inside)
 
 
+class MatmulWgrad:
+    """The launches of one :func:`matmul_wgrad`, a few slices at a time, and what they write."""
+
+    def __init__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        input_range: Tensor | None,
+        slices: int,
+        inp_res: float,
+        dtype: torch.dtype,
+        converted: bool = False,
+        bias_dtype: torch.dtype | None = None,
+        config: MatmulWgradConfig | None = None,
+    ) -> None:
+        (M, K), N = x.shape, grad.shape[1]
+        self.q_max = half_steps(inp_res)
+        static = input_range is not None and input_range.ndim == 1
+        if input_range is not None and not (converted and static and x.dtype == grad.dtype):
+            if converted and static:
+                x = x.to(grad.dtype)
+            else:  # the step of a dynamic range differs from row to row, so it cannot wait for the end
+                x = launch_dac(
+                    x, input_range, slices, inp_res, dtype=grad.dtype, values=not static, converted=converted
+                )
+        self.grad, self.x, self.slices = grad, x, slices
+        self.scales = static and self.q_max > 0
+        self.input_range = None if input_range is None else input_range.contiguous()
+        self.config = config or choose(SPACE, x.device, grad.dtype, (M, N, cdiv(K, slices)))
+        self.dw = torch.empty(N, K, dtype=dtype, device=x.device)
+        self.dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
+
+    def launch(self, first: int, count: int, passed: Tensor) -> None:
+        """``count`` slices from ``first`` on, whose ADCs let ``passed [count or 1, M, N]`` through; with the first ones the
+        bias's gradient."""
+        config, grad, x, slices = self.config, self.grad, self.x, self.slices
+        (M, K), N = x.shape, grad.shape[1]
+        descriptors = config.DESCRIPTORS and describable(passed, x) and slices_describable(x, slices)
+        blocks_n, blocks_k = cdiv(N, config.BLOCK_N), cdiv(cdiv(K, slices), config.BLOCK_K)
+        sums = first == 0 and self.dbias.numel() > 0
+        programs = blocks_n * count * blocks_k + (cdiv(N, BIAS_COLUMNS.value) if sums else 0)
+        launch(
+            matmul_wgrad_kernel, (programs,), x.device,
+            descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),
+            descriptor(x, config.BLOCK_M, config.BLOCK_K, descriptors), grad, self.input_range, self.dw, self.dbias,
+            M, N, K, slices, first, count, *passed.stride(), *grad.stride(), *x.stride(), self.q_max,
+            SCALE=self.scales, SLICED=len(passed) > 1, BIAS=sums, PRECISION=input_precision(), ALIGNED=aligned(K, slices),
+            **(vars(config) | {"DESCRIPTORS": descriptors}),
+        )  # fmt: skip
+
+
 def launch_matmul_wgrad(
     grad: Tensor,
     x: Tensor,
@@ -151,38 +202,11 @@ def launch_matmul_wgrad(
     bias_dtype: torch.dtype | None = None,
     config: MatmulWgradConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    (M, K), N = x.shape, grad.shape[1]
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
-    q_max = half_steps(inp_res)
-    static = input_range is not None and input_range.ndim == 1
-    if input_range is not None and not (converted and static and x.dtype == grad.dtype):
-        if converted and static:
-            x = x.to(grad.dtype)
-        else:  # the step of a dynamic range differs from row to row, so it cannot wait for the end
-            x = launch_dac(x, input_range, slices, inp_res, dtype=grad.dtype, values=not static, converted=converted)
-    config = config or choose(SPACE, x.device, grad.dtype, (M, N, cdiv(K, slices)))
-    blocks_n, blocks_k = cdiv(N, config.BLOCK_N), cdiv(cdiv(K, slices), config.BLOCK_K)
-    dw = torch.empty(N, K, dtype=dtype, device=x.device)
-    dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
-    options = dict(vars(config))
-    for first, count, passed in passed_gradients(grad, mask, slices):
-        options["DESCRIPTORS"] = descriptors = (
-            config.DESCRIPTORS and describable(passed, x) and slices_describable(x, slices)
-        )
-        sums = bias_dtype is not None and first == 0
-        programs = blocks_n * count * blocks_k + (cdiv(N, BIAS_COLUMNS.value) if sums else 0)
-        launch(
-            matmul_wgrad_kernel, (programs,), x.device,
-            descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),
-            descriptor(x, config.BLOCK_M, config.BLOCK_K, descriptors), grad,
-            None if input_range is None else input_range.contiguous(), dw, dbias,
-            M, N, K, slices, first, count, *passed.stride(), *grad.stride(), *x.stride(), q_max,
-            SCALE=static and q_max > 0, SLICED=len(passed) > 1, BIAS=sums, PRECISION=input_precision(),
-            ALIGNED=aligned(K, slices), **options,
-        )  # fmt: skip
-        del passed  # before the next ones are made
-    return dw, dbias
+    wgrad = MatmulWgrad(grad, x, input_range, slices, inp_res, dtype, converted, bias_dtype, config)
+    each_passed(grad, mask, slices, wgrad.launch)
+    return wgrad.dw, wgrad.dbias
 
 
 @torch.library.custom_op("triton_analog::matmul_wgrad", mutates_args=())

@@ -1,0 +1,143 @@
+"""Both gradients of the analog matrix product, slice by slice (SEMANTICS 6).
+
+What a slice's ADC lets pass of the gradient is made once, for a few slices at a time, and meets the weight and the input
+while it is there. The kernels are those of :mod:`matmul_dgrad` and :mod:`matmul_wgrad`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_analog import reference
+from triton_analog.launch import runs_kernel
+from triton_analog.ops import _checks as check
+from triton_analog.ops.adc import each_passed
+from triton_analog.ops.matmul_dgrad import MatmulDgrad
+from triton_analog.ops.matmul_wgrad import MatmulWgrad
+
+
+def launch_matmul_backward(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    clipped: Tensor | None,
+    input_range: Tensor | None,
+    slices: int,
+    mask: Tensor | None,
+    decay: float,
+    input_min_percentage: float,
+    fast_mode: bool,
+    inp_res: float,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if input_range is None and mask is None:  # then slices make no difference
+        slices = 1
+    static = input_range if input_range is not None and input_range.ndim == 1 else None
+    needs_steps = static is not None and inp_res > 0
+    dgrad = MatmulDgrad(
+        grad, weight, x, clipped, static, slices, decay, input_min_percentage, fast_mode, inp_res, needs_steps
+    )  # fmt: skip
+    converted = needs_steps or x.dtype == torch.int8
+    wgrad = MatmulWgrad(
+        grad, dgrad.steps if needs_steps else x, input_range, slices, inp_res, dtype, converted, bias_dtype
+    )  # fmt: skip
+    each_passed(grad, mask, slices, dgrad.launch, wgrad.launch)
+    return dgrad.dx, dgrad.range_grad(), wgrad.dw, wgrad.dbias
+
+
+@torch.library.custom_op("triton_analog::matmul_backward", mutates_args=())
+def _matmul_backward(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    clipped: Tensor | None,
+    input_range: Tensor | None,
+    slices: int,
+    mask: Tensor | None,
+    decay: float,
+    input_min_percentage: float,
+    fast_mode: bool,
+    inp_res: float,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if runs_kernel(grad) and x.numel() > 0:
+        return launch_matmul_backward(
+            grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, dtype,
+            bias_dtype,
+        )  # fmt: skip
+    return reference.matmul_backward(
+        grad, weight, x, input_range, slices, mask, clipped=clipped, decay=decay,
+        input_min_percentage=input_min_percentage, fast_mode=fast_mode, inp_res=inp_res, dtype=dtype, bias_dtype=bias_dtype,
+    )  # fmt: skip
+
+
+@_matmul_backward.register_fake
+def _(
+    grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, dtype, bias_dtype
+):  # fmt: skip
+    (M, K), N = x.shape, weight.shape[0]
+    static = input_range is not None and input_range.ndim == 1
+    dr = torch.empty_like(input_range) if static else grad.new_empty(0, dtype=check.wide_dtype(grad))
+    dbias = grad.new_empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype)
+    return grad.new_empty(M, K), dr, grad.new_empty(N, K, dtype=dtype), dbias
+
+
+def matmul_backward(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    input_range: Tensor | None,
+    slices: int,
+    mask: Tensor | None = None,
+    *,
+    clipped: Tensor | None = None,
+    decay: float = 0.0,
+    input_min_percentage: float = 0.95,
+    fast_mode: bool = False,
+    inp_res: float = -1.0,
+    dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`triton_analog.ops.matmul` in ``x [M, K]``, a static ``input_range [S]``, the weight ``[N, K]`` and the
+    bias ``[N]``: those of :func:`triton_analog.ops.matmul_dgrad` and :func:`triton_analog.ops.matmul_wgrad`, with the
+    saturation mask and the input converter applied once for both.
+
+    Args:
+        grad: Gradient ``[M, N]`` of the product, any strides.
+        weight: ``[N, K]``, the weight of the forward.
+        x: Inputs ``[M, K]`` of the forward, or what :func:`triton_analog.ops.dac_steps` kept of them (int8).
+        input_range: ``[S]``, ``[S, M]`` or None, as in the forward. Only ``[S]`` has a gradient; otherwise it is empty.
+        slices: Number of slices of the columns.
+        mask: The forward's saturation mask, or what it lets pass of ``grad`` (:func:`triton_analog.ops.adc_grad`); None
+            without a bound.
+        clipped: The flags of :func:`triton_analog.ops.dac_steps`, needed with an int8 ``x`` and a range.
+        decay: Pull of the range towards 0 where almost nothing clips; 0 is off.
+        input_min_percentage: Share of unclipped inputs above which ``decay`` acts.
+        fast_mode: The plain gradient of a clamp instead of the learned-range rule.
+        inp_res: The input converter's resolution, as in the forward.
+        dtype: Of the weight's gradient; default that of ``grad``.
+        bias_dtype: Of the bias's gradient; None leaves it out (no elements).
+
+    Raises:
+        TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
+    """
+    check.product_operands(x, weight, slices)
+    check.product_grad(grad, x, weight.shape[0], slices, mask)
+    check.same_dtype("grad", grad, weight=weight)
+    check.range_kind(input_range, slices, x.shape[0])
+    check.together("x", x, input_range=input_range)
+    check.range_rule(decay, input_min_percentage)
+    check.input_converter(inp_res, input_range, grad)
+    if input_range is not None and input_range.ndim == 1:
+        check.clip_bits(x, clipped)
+    check.require(
+        x.dtype != torch.int8 or inp_res > 0,
+        lambda: f"inp_res: got {inp_res}, but x holds steps; give the converter's resolution",
+    )
+    return _matmul_backward(
+        grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, float(inp_res),
+        dtype or grad.dtype, bias_dtype,
+    )  # fmt: skip

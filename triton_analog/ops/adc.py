@@ -24,8 +24,8 @@ from triton_analog.reference.grid import half_steps
 from triton_analog.tuning.lookup import choose
 from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
-PASSED_ELEMENTS = 2**26
-"""Of the gradients that slices let pass, kept at one time (or one slice's): 128 MiB of bf16."""
+PASSED_ELEMENTS = 2**27
+"""Of the gradients that slices let pass, kept at one time (or one slice's): 256 MiB of bf16."""
 
 
 @dataclass(frozen=True)

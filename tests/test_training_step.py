@@ -72,11 +72,11 @@ def test_forward_and_backward_with_everything_on_start_nine_kernels(backend):
         "weight_kernel",
         "matmul_prepare_kernel",
         "matmul_kernel",
-        "adc_grad_kernel",
         "weight_kernel",
+        "adc_grad_kernel",
         "matmul_dgrad_kernel",
-        "range_grad_kernel",
         "matmul_wgrad_kernel",
+        "range_grad_kernel",
     ]
     assert others == ["random_"], "the seed, and nothing else"
 

@@ -12,7 +12,9 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 Backend = Literal["kernel", "reference"]
 
@@ -126,13 +128,44 @@ def hardware(device: torch.device) -> Hardware:
     return _recorded_hardware or _hardware(device)
 
 
+_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+"""Kernels that were started before, with the values of their last parameters."""
+
+
+def _specialization(arg: Any) -> Any:
+    """What Triton compiles an argument for on NVIDIA GPUs: its type, its alignment, whether it is 1 and whether it needs 64
+    bits. Never coarser than Triton's own."""
+    kind = type(arg)
+    if kind is int:
+        return arg == 1 or (arg % 16 == 0, arg >> 31)
+    if kind is TensorDescriptor:
+        return arg.base.dtype, *arg.block_shape
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    return kind
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """Start ``kernel[grid](*args, **options)`` on ``device``. Multiply-add fusion is on by name, whatever Triton's default."""
+    """Start ``kernel[grid](*args, **options)`` on ``device``. Multiply-add fusion is on by name, whatever Triton's default.
+
+    ``args`` are the kernel's first parameters. On NVIDIA GPUs a kernel that was started before is found here and started
+    directly, at a third of the time that Triton's way from a Python function to its compiled kernel takes.
+    """
     if _recorder is not None:
         _recorder(kernel, args, options)
-    else:
-        with _device_guard(device):
+        return
+    with _device_guard(device):
+        if not hardware(device).capability:
             kernel[grid](*args, enable_fp_fusion=True, **options)
+            return
+        key = kernel.fn, device.index, *map(_specialization, args), *options.items()
+        if key in _compiled:
+            (compiled, constants), blocks = _compiled[key], (*grid, 1, 1)
+            compiled[blocks](*args, *constants)
+        else:
+            compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+            if isinstance(compiled, CompiledKernel):
+                _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
 
 
 def describable(*matrices: Tensor) -> bool:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from helpers import randn, seed_of, viewed
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -152,24 +153,27 @@ def copied(x=SIXTEEN, block=(2, 16), **options):
     return COPY, (source, SIXTEEN), {"BLOCK": prod(block)} | options
 
 
+class Compiled(CompiledKernel):
+    """In place of a binary, the hash of all that Triton compiles it from; it notes its launches in ``started``."""
+
+    def __init__(self, source, options, started):
+        self.src, self.name = source, source.name
+        self.hash = source.hash(), tuple(sorted(options.items()))
+        self.module, self.function, self.packed_metadata, self._module_pid = object(), None, None, None
+        self._run = lambda *args: started.append((self.hash, args[:3], args[9:]))
+
+
 @pytest.fixture
 def started(monkeypatch):
-    """What reaches a driver that pretends to have a Hopper GPU: the compiled kernel's hash, the grid and the arguments."""
+    """What reaches a driver that pretends to have a Hopper GPU: the compiled kernel's hash, the grid and the arguments.
+
+    Nothing is really compiled, which the oldest supported Triton cannot do once its interpreter has run in the process.
+    """
     started = []
-
-    def launcher(source, metadata):
-        return lambda *args: started.append((metadata.hash, args[:3], args[9:]))
-
-    properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
     pretended = SimpleNamespace(
-        launcher_cls=launcher,
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: HOPPER,
-        utils=SimpleNamespace(
-            get_device_properties=lambda device: properties, load_binary=lambda *args: (None, object(), 32, 0, 1024)
-        ),
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: HOPPER
     )
+    monkeypatch.setattr(triton.compiler, "compile", lambda source, target, options: Compiled(source, options, started))
     monkeypatch.setattr(launch, "_recorded_hardware", launch.Hardware("", "sm_90", 90))
     monkeypatch.setattr(launch, "_compiled", {})
     for kernel in (SCALE, COPY):

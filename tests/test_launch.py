@@ -141,16 +141,16 @@ def copy_kernel(source, out_ptr, BLOCK: tl.constexpr):
 
 
 SCALE, COPY = JITFunction(scale_kernel), JITFunction(copy_kernel)
-SIXTEEN = torch.ones(64)
+ALIGNED = torch.ones(64)
 
 
-def scaled(x=SIXTEEN, out=SIXTEEN, bias=None, size=48, factor=2.0, **options):
+def scaled(x=ALIGNED, out=ALIGNED, bias=None, size=48, factor=2.0, **options):
     return SCALE, (x, out, bias, size, factor), {"BLOCK": 64, "NEGATE": False, "num_warps": 4} | options
 
 
-def copied(x=SIXTEEN, block=(2, 16), **options):
+def copied(x=ALIGNED, block=(2, 16), **options):
     source = TensorDescriptor.from_tensor(x.reshape(2, -1), list(block))
-    return COPY, (source, SIXTEEN), {"BLOCK": prod(block)} | options
+    return COPY, (source, ALIGNED), {"BLOCK": prod(block)} | options
 
 
 class Compiled(CompiledKernel):
@@ -191,7 +191,7 @@ LAUNCHES = {
     "a negative size": scaled(size=-16),
     "an unaligned input": scaled(torch.ones(64)[1:]),
     "an unaligned output": scaled(out=torch.ones(64)[1:]),
-    "another dtype": scaled(SIXTEEN.bfloat16()),
+    "another dtype": scaled(ALIGNED.bfloat16()),
     "with a bias": scaled(bias=torch.ones(16)),
     "another factor": scaled(factor=3.0),
     "an integer factor": scaled(factor=2),
@@ -202,7 +202,7 @@ LAUNCHES = {
     "another number of warps": scaled(num_warps=8),
     "a descriptor": copied(),
     "a descriptor of another block": copied(block=(1, 32)),
-    "a descriptor of another dtype": copied(SIXTEEN.half()),
+    "a descriptor of another dtype": copied(ALIGNED.half()),
 }
 
 
@@ -219,11 +219,11 @@ def test_a_launch_starts_the_kernel_that_triton_would(started):
         ours.append(list(started))
     for index, name in enumerate(LAUNCHES):
         for again in ours:
-            (hash, grid, args), (own_hash, own_grid, own_args) = by_triton[index], again[index]
-            assert own_hash == hash, name
+            (binary, grid, args), (own_binary, own_grid, own_args) = by_triton[index], again[index]
+            assert own_binary == binary, name
             assert own_grid == grid == (7, 1, 1), name
             assert [id(arg) for arg in own_args] == [id(arg) for arg in args], name
-    assert len({hash for hash, *_ in by_triton}) >= 15, "these launches need different kernels"
+    assert len({binary for binary, *_ in by_triton}) >= 15, "these launches need different kernels"
 
 
 def test_a_kernel_started_before_passes_by_tritons_lookup(started, monkeypatch):

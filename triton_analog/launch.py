@@ -160,8 +160,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             return
         key = kernel.fn, device.index, *map(_specialization, args), *options.items()
         if key in _compiled:
-            (compiled, constants), blocks = _compiled[key], (*grid, 1, 1)
-            compiled[blocks](*args, *constants)
+            compiled, constants = _compiled[key]
+            x_y_z = (*grid, 1, 1)[:3]
+            compiled[x_y_z](*args, *constants)
         else:
             compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
             if isinstance(compiled, CompiledKernel):

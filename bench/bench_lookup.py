@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bench.operations import Race
 from triton_analog.launch import hardware
-from triton_analog.tuning.lookup import choose, explain
-from triton_analog.tuning.space import Problem, spaces
+from triton_analog.launch.lookup import choose, explain
+from triton_analog.launch.space import Problem
+from triton_analog.tuning.spaces import spaces
 
 
 def bench_lookup(size: int, seed: Tensor, race: Race) -> None:

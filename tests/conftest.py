@@ -20,8 +20,8 @@ from typing import Any
 import hypothesis
 import pytest
 
-from triton_analog import environment, launch
-from triton_analog.tuning import lookup, store
+from triton_analog import launch
+from triton_analog.launch import environment, lookup, store
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

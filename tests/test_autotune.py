@@ -21,15 +21,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from triton_analog import environment, launch, ops, reference
-from triton_analog.launch import Hardware, hardware
-from triton_analog.tuning import autotune, lookup, measure, store
+from triton_analog import launch, ops, reference
+from triton_analog.launch import Hardware, environment, hardware, lookup, store
+from triton_analog.launch.fingerprint import code_hash, space_hash
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import Problem, as_values
+from triton_analog.launch.store import Entry, Table, TuningWarning
+from triton_analog.tuning import autotune, measure
 from triton_analog.tuning.autotune import settle
-from triton_analog.tuning.fingerprint import code_hash, space_hash
-from triton_analog.tuning.lookup import choose
 from triton_analog.tuning.measure import NothingRuns
-from triton_analog.tuning.space import Problem, as_values, spaces
-from triton_analog.tuning.store import Entry, Table, TuningWarning
+from triton_analog.tuning.spaces import spaces
 
 CPU = torch.device("cpu")
 NOISE = spaces()["noise"]

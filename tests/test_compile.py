@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from helpers import SHARED_LIMIT
 
-from triton_analog.tuning import lookup
+from triton_analog.launch import lookup
 from triton_analog.tuning.inspect import OPS, TARGETS, specializations
 from triton_analog.tuning.processes import run_in_processes
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from triton_analog.launch.occupancy import occupancy
 from triton_analog.tuning import command
 from triton_analog.tuning import inspect as inspector
 from triton_analog.tuning.disassembly import (
@@ -22,7 +23,6 @@ from triton_analog.tuning.disassembly import (
     parse_sass,
 )
 from triton_analog.tuning.inspect import TARGETS, Failure, Launch, Report, Work
-from triton_analog.tuning.occupancy import occupancy
 
 # ---- Instructions -------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_analog import launch, ops, reference
+from triton_analog.launch import backends, devices, start
 from triton_analog.ops.matmul import MatmulConfig, launch_matmul
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -27,7 +28,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 @pytest.fixture
 def unforced(monkeypatch):
     """As a user finds the library: no backend chosen, no interpreter, a GPU's Triton."""
-    monkeypatch.setattr(launch, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return monkeypatch
 
@@ -63,15 +64,15 @@ def test_fp64_and_empty_tensors_always_run_the_reference(x):
 def test_a_triton_cpu_driver_runs_kernels_on_cpu_tensors(target, expected, unforced):
     unforced.setattr(triton.backends, "backends", {"cpu": object()})
     active = SimpleNamespace(get_current_target=lambda: SimpleNamespace(backend=target))
-    unforced.setattr(launch, "driver", SimpleNamespace(active=active))
-    launch._has_triton_cpu.cache_clear()
+    unforced.setattr(backends, "driver", SimpleNamespace(active=active))
+    backends._has_triton_cpu.cache_clear()
     started = []
     try:
         assert launch.runs_kernel(torch.ones(1)) is expected
         with launch.recording(lambda kernel, args, options: started.append(kernel), HOPPER):
             ops.absmax(torch.ones(2, 3), 1)
     finally:
-        launch._has_triton_cpu.cache_clear()
+        backends._has_triton_cpu.cache_clear()
     assert bool(started) is expected
 
 
@@ -81,19 +82,19 @@ def test_without_triton_cpu_the_driver_is_left_alone(unforced):
         def active(self):
             raise AssertionError("asked for the driver")
 
-    unforced.setattr(launch, "driver", Untouchable())
+    unforced.setattr(backends, "driver", Untouchable())
     assert not launch.runs_kernel(torch.ones(1))
 
 
 def test_a_forced_backend_ends_with_its_block():
     for name, expected in (("kernel", True), ("reference", False)):
-        before = launch._forced
+        before = backends._forced
         with launch.backend(name):
             assert launch.runs_kernel(torch.ones(1)) is expected
-        assert launch._forced == before
+        assert backends._forced == before
     with pytest.raises(KeyError), launch.backend("kernel"):
         raise KeyError
-    assert launch._forced == before
+    assert backends._forced == before
 
 
 def test_an_unknown_backend_is_refused():
@@ -174,8 +175,8 @@ def started(monkeypatch):
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: HOPPER
     )
     monkeypatch.setattr(triton.compiler, "compile", lambda source, target, options: Compiled(source, options, started))
-    monkeypatch.setattr(launch, "_recorded_hardware", launch.Hardware("", "sm_90", 90))
-    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(devices, "_stand_in", launch.Hardware("", "sm_90", 90))
+    monkeypatch.setattr(start, "_compiled", {})
     for kernel in (SCALE, COPY):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     monkeypatch.setattr(driver, "_active", pretended)

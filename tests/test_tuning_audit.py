@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from triton_analog.launch import Hardware
-from triton_analog.tuning import store
+from triton_analog.launch import Hardware, store
+from triton_analog.launch.fingerprint import code_hash, space_hash
+from triton_analog.launch.space import Problem, as_values
+from triton_analog.launch.store import Entry, Table
 from triton_analog.tuning.audit import audit
-from triton_analog.tuning.fingerprint import code_hash, space_hash
-from triton_analog.tuning.space import Problem, as_values, spaces
-from triton_analog.tuning.store import Entry, Table
+from triton_analog.tuning.spaces import spaces
 
 H200 = Hardware("NVIDIA H200", "sm_90", 90)
 MATMUL = spaces()["matmul"]

@@ -20,17 +20,18 @@ import pytest
 import torch
 from helpers import needs_interpreter
 
-from triton_analog import environment, launch
-from triton_analog.launch import Hardware, hardware
+from triton_analog import launch
+from triton_analog.launch import Hardware, environment, hardware, store
+from triton_analog.launch.fingerprint import code_hash, space_hash
+from triton_analog.launch.space import Problem, as_values
+from triton_analog.launch.store import Entry, Table
 from triton_analog.ops.dac import DacConfig
-from triton_analog.tuning import autotune, command, store
+from triton_analog.tuning import autotune, command
 from triton_analog.tuning import sweep as sweeping
-from triton_analog.tuning.fingerprint import code_hash, space_hash
 from triton_analog.tuning.inspect import TARGETS
 from triton_analog.tuning.shapes import MODELS
-from triton_analog.tuning.space import Problem, as_values, spaces
+from triton_analog.tuning.spaces import spaces
 from triton_analog.tuning.static import GPUS, gpus_of
-from triton_analog.tuning.store import Entry, Table
 
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
 CPU = torch.device("cpu")
@@ -294,7 +295,7 @@ def test_check_is_content_with_good_files(places, capsys):
     assert capsys.readouterr() == ("", f"0 findings in {places.own}\n")
 
 
-@pytest.mark.filterwarnings("ignore::triton_analog.tuning.store.TuningWarning")
+@pytest.mark.filterwarnings("ignore::triton_analog.launch.store.TuningWarning")
 def test_check_lists_what_is_stale_unknown_and_damaged_wherever_lookups_read(places, tmp_path, capsys):
     stale = keep(places.own, entry(), entry(16, code="of an older kernel"))
     unknown = keep(places.cache, entry(config={"BLOCK_M": 4}), entry(16))
@@ -372,7 +373,7 @@ def test_what_was_merged_is_used(places, tmp_path, capsys):
     assert line[3:5] == [CONFIGURATION, "exact"]
 
 
-@pytest.mark.filterwarnings("ignore::triton_analog.tuning.store.TuningWarning")
+@pytest.mark.filterwarnings("ignore::triton_analog.launch.store.TuningWarning")
 def test_a_file_that_cannot_be_merged_is_an_error_that_leaves_the_others(tmp_path, capsys):
     into = tmp_path / "into"
     path = keep(into, entry(4096))

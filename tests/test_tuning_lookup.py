@@ -20,18 +20,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
 
-from triton_analog import environment, launch, ops, reference
-from triton_analog.launch import Hardware
+from triton_analog import launch, ops, reference
+from triton_analog.launch import Hardware, environment, lookup, store
+from triton_analog.launch.fingerprint import code_hash, space_hash
+from triton_analog.launch.lookup import REACH, choose, distance, explain
+from triton_analog.launch.space import Problem, Space, as_values, forced
+from triton_analog.launch.store import Entry, Key, Table, TuningWarning
 from triton_analog.ops.adc import AdcConfig
 from triton_analog.ops.dac import DacConfig
 from triton_analog.ops.matmul import MatmulConfig
-from triton_analog.tuning import autotune, lookup, store
-from triton_analog.tuning.fingerprint import code_hash, space_hash
+from triton_analog.tuning import autotune
 from triton_analog.tuning.inspect import specializations
-from triton_analog.tuning.lookup import REACH, choose, distance, explain
 from triton_analog.tuning.processes import run_in_processes
-from triton_analog.tuning.space import Problem, Space, as_values, forced, spaces
-from triton_analog.tuning.store import Entry, Key, Table, TuningWarning
+from triton_analog.tuning.spaces import spaces
 
 H200 = Hardware("NVIDIA H200", "sm_90", 90)
 H100 = "NVIDIA H100 80GB HBM3"
@@ -548,9 +549,11 @@ sys.addaudithook(watch)
 
 import triton_analog, triton_analog.functional, triton_analog.nn, triton_analog.ops, triton_analog.optim
 from triton_analog.launch import Hardware
-from triton_analog.tuning import audit, lookup, space, store
+from triton_analog.launch import lookup, space, store
+from triton_analog.tuning import audit
+from triton_analog.tuning.spaces import spaces as all_spaces
 
-spaces = space.spaces()
+spaces = all_spaces()
 at_import = list(touched)
 shipped = str(store.shipped_directory())
 problem = space.Problem(Hardware("NVIDIA H200", "sm_90", 90), torch.bfloat16, (4096, 512), (False,))

@@ -21,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_analog import launch
-from triton_analog.launch import Hardware, named_hardware
-from triton_analog.tuning import cases, fingerprint, lookup
+from triton_analog.launch import Hardware, fingerprint, lookup, named_hardware
+from triton_analog.launch.space import Problem, Space, as_values, forced, forced_config
+from triton_analog.launch.store import Entry, Key
+from triton_analog.tuning import cases
 from triton_analog.tuning.inspect import TARGETS
-from triton_analog.tuning.space import Problem, Space, as_values, forced, forced_config, spaces
-from triton_analog.tuning.store import Entry, Key
+from triton_analog.tuning.spaces import spaces
 
 SPACES = spaces()
 HARDWARE = {name: named_hardware("", name) for name in TARGETS}
@@ -526,8 +527,8 @@ def test_the_hash_stays_when_the_code_does(old, new, hash_of):
 
 HASHES = """
 import json
-from triton_analog.tuning.fingerprint import code_hash, space_hash
-from triton_analog.tuning.space import spaces
+from triton_analog.launch.fingerprint import code_hash, space_hash
+from triton_analog.tuning.spaces import spaces
 
 print(json.dumps({op: [code_hash(space), space_hash(space)] for op, space in spaces().items()}))
 """

@@ -10,18 +10,19 @@ import pytest
 import torch
 import triton
 
-from triton_analog.launch import named_hardware
+from triton_analog.launch import named_hardware, store
+from triton_analog.launch.fingerprint import code_hash, is_stale, space_hash
+from triton_analog.launch.space import Problem, as_values
 from triton_analog.ops.matmul import MatmulConfig
 from triton_analog.ops.matmul_dgrad import MatmulDgradConfig
 from triton_analog.ops.matmul_wgrad import MatmulWgradConfig
-from triton_analog.tuning import static, store
+from triton_analog.tuning import static
 from triton_analog.tuning.compiling import Kernel, compile_kernel
-from triton_analog.tuning.fingerprint import code_hash, is_stale, space_hash
 from triton_analog.tuning.inspect import TARGETS
 from triton_analog.tuning.model import START, Compiled, Work, microseconds, work_of
 from triton_analog.tuning.processes import run_in_processes
 from triton_analog.tuning.shapes import Layer, problems
-from triton_analog.tuning.space import Problem, as_values, spaces
+from triton_analog.tuning.spaces import spaces
 from triton_analog.tuning.static import GPUS, gpus_of, static_sweep, worth_it
 
 NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)

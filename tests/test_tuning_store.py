@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triton_analog.tuning import store
-from triton_analog.tuning.store import Entry, Key, NewerFormatError, Table, TuningWarning
+from triton_analog.launch import store
+from triton_analog.launch.store import Entry, Key, NewerFormatError, Table, TuningWarning
 
 H200 = "NVIDIA H200"
 
@@ -287,7 +287,7 @@ def test_the_users_folders_come_before_what_is_shipped(tmp_path, monkeypatch):
 
 def test_shipped_tables_are_in_the_package_or_beside_it_in_a_checkout(tmp_path, monkeypatch):
     package = tmp_path / "triton_analog"
-    monkeypatch.setattr(store, "__file__", str(package / "tuning" / "store.py"))
+    monkeypatch.setattr(store, "__file__", str(package / "launch" / "store.py"))
     assert store.shipped_directory() == tmp_path / "tuning_cache"
     (package / "tuning_cache").mkdir(parents=True)
     assert store.shipped_directory() == package / "tuning_cache"

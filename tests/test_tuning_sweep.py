@@ -22,15 +22,16 @@ from helpers import needs_interpreter
 from torch import Tensor
 
 from triton_analog import launch
-from triton_analog.launch import Hardware, hardware
-from triton_analog.tuning import command, measure, store
+from triton_analog.launch import Hardware, hardware, store
+from triton_analog.launch.fingerprint import code_hash, space_hash
+from triton_analog.launch.space import Problem, as_values, forced_config
+from triton_analog.launch.store import Entry, Key, Table
+from triton_analog.tuning import command, measure
 from triton_analog.tuning import sweep as sweeping
-from triton_analog.tuning.fingerprint import code_hash, space_hash
 from triton_analog.tuning.measure import FINALISTS, ROUNDS, WORTH_IT, NothingRuns, agrees, tune
 from triton_analog.tuning.model import Compiled
 from triton_analog.tuning.shapes import Layer, problems
-from triton_analog.tuning.space import Problem, as_values, forced_config, spaces
-from triton_analog.tuning.store import Entry, Key, Table
+from triton_analog.tuning.spaces import spaces
 from triton_analog.tuning.sweep import Done, Job, job_of, measured_before, share, sweep
 
 NOISE, ADC_GRAD = spaces()["noise"], spaces()["adc_grad"]

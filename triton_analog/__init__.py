@@ -5,8 +5,10 @@ from triton_analog.aihwkit_bridge import export_to_aihwkit, import_from_aihwkit
 from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.convert import convert_to_analog, convert_to_digital
+from triton_analog.launch import lookup
 from triton_analog.optim import AnalogOptimizer
 from triton_analog.restore import restore_analog
+from triton_analog.tuning.first_use import FIRST_USE
 
 __all__ = [
     "AnalogOptimizer",
@@ -22,3 +24,5 @@ __all__ = [
     "ops",
     "restore_analog",
 ]
+
+lookup.tune_by(FIRST_USE)

@@ -17,12 +17,12 @@ from torch import Tensor
 from triton_analog import reference
 from triton_analog.lang import OUTPUT_STREAM, cast, convert, normal_tile, pack_bits
 from triton_analog.launch import block, cdiv, launch, runs_kernel
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import saturated, store_bits
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 PASSED_ELEMENTS = 2**27
 """Of the gradients that slices let pass, kept at one time (or one slice's): 256 MiB of bf16."""

@@ -25,11 +25,11 @@ from triton_analog.lang import (
     to_steps,
 )
 from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops.input_range import _input_range_grad
 from triton_analog.reference.grid import half_steps
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 # ---- For the matrix products: a tile of the input as their dot takes it -------------------------------------------------
 

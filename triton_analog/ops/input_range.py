@@ -18,11 +18,11 @@ from torch import Tensor
 from triton_analog import reference
 from triton_analog.lang import cast, slice_bounds
 from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, slice_span
 from triton_analog.ops.std import MAX_PROGRAMS, StdConfig, launch_parts, merged_moments, unbiased_std
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 
 @dataclass(frozen=True)

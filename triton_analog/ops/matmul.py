@@ -43,6 +43,8 @@ from triton_analog.launch import (
     runs_kernel,
     slices_describable,
 )
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import Problem, Space, covers, large_enough, operands_fit
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
 from triton_analog.ops.dac import SPACE as DAC_SPACE
@@ -52,8 +54,6 @@ from triton_analog.ops.matmul_dgrad import _matmul_dgrad
 from triton_analog.ops.matmul_wgrad import _matmul_wgrad
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import Problem, Space, covers, large_enough, operands_fit
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from triton_analog.launch import (
     runs_kernel,
     slices_describable,
 )
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import Problem, Space, covers, large_enough, operands_fit
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_plane, load_tile
 from triton_analog.ops.adc import each_passed
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
 from triton_analog.reference.grid import half_steps
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import Problem, Space, covers, large_enough, operands_fit
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from triton_analog.launch import (
     runs_kernel,
     slices_describable,
 )
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import Problem, Space, covers, large_enough, operands_fit
 from triton_analog.ops import _checks as check
 from triton_analog.ops._tiles import descriptor, grouped, load_plane, load_tile
 from triton_analog.ops.adc import each_passed
 from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import Problem, Space, covers, large_enough, operands_fit
 
 BIAS_COLUMNS = tl.constexpr(32)
 """Columns of the gradient that one program sums."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from triton_analog import reference
 from triton_analog.lang import normal_tile
 from triton_analog.launch import block, cdiv, launch, runs_kernel
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.reference.noise import USER_STREAM
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 
 @dataclass(frozen=True)

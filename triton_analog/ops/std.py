@@ -17,10 +17,10 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, slice_span
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 MAX_PROGRAMS = 1024
 """Enough to fill a GPU twice over. More would cost time where all they find is that their slice need not be read."""

@@ -23,6 +23,8 @@ from triton_analog.lang import (
     to_steps,
 )
 from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+from triton_analog.launch.lookup import choose
+from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, load_tile, slice_span, store_tile
 from triton_analog.ops.absmax import (
@@ -33,8 +35,6 @@ from triton_analog.ops.absmax import (
     magnitude_bits,
 )
 from triton_analog.reference.grid import half_steps
-from triton_analog.tuning.lookup import choose
-from triton_analog.tuning.space import POWERS, Problem, Space, tile_fits
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from triton_analog.launch import named_hardware
-from triton_analog.tuning import store
-from triton_analog.tuning.fingerprint import is_stale
-from triton_analog.tuning.space import Space, spaces
-from triton_analog.tuning.store import Entry, Table
+from triton_analog.launch import named_hardware, store
+from triton_analog.launch.fingerprint import is_stale
+from triton_analog.launch.space import Space
+from triton_analog.launch.store import Entry, Table
+from triton_analog.tuning.spaces import spaces
 
 
 def _of_entry(space: Space[Any], table: Table, entry: Entry) -> str | None:

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import distributed
 
-from triton_analog import environment, launch
-from triton_analog.launch import Hardware
-from triton_analog.tuning import store
+from triton_analog.launch import Hardware, environment, store
+from triton_analog.launch.space import Config, Problem, Space, as_values
+from triton_analog.launch.store import Entry, Key, Table, TuningWarning
 from triton_analog.tuning.measure import tune
-from triton_analog.tuning.space import Config, Problem, Space, as_values
-from triton_analog.tuning.store import Entry, Key, Table, TuningWarning
 
 
 def results_directory() -> Path:
@@ -81,13 +79,6 @@ def _agreed(space: Space[Config], problem: Problem, find: Callable[[], Config]) 
     board.wait([name], PATIENCE)
     values = json.loads(board.get(name))
     return None if values is None else space.accepts(problem, values)
-
-
-def can_tune() -> bool:
-    """Not while launches are recorded, nor while a CUDA graph is captured, which nothing may be timed in."""
-    if launch.is_recording():
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def settle(space: Space[Config], problem: Problem, device: torch.device, found: Config, measured: bool) -> Config:

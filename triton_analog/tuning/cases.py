@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from triton_analog import ops
+from triton_analog.launch.space import Problem, Space
 from triton_analog.reference.adc import mask_shape
-from triton_analog.tuning.space import Problem, Space
 
 Call = Callable[[], Any]
 """Runs the operation once; what it returns is what a candidate is checked by."""

@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from triton_analog import environment
-from triton_analog.launch import Hardware, hardware, named_hardware, runs_kernel
-from triton_analog.tuning import store, tables
+from triton_analog.launch import Hardware, environment, hardware, named_hardware, runs_kernel, store
+from triton_analog.launch.lookup import explain
+from triton_analog.launch.space import Problem, Space
+from triton_analog.launch.store import Entry
+from triton_analog.tuning import tables
 from triton_analog.tuning.audit import audit
 from triton_analog.tuning.autotune import results_directory
 from triton_analog.tuning.inspect import DTYPES, OPS, TARGETS, Failure, inspect
-from triton_analog.tuning.lookup import explain
 from triton_analog.tuning.shapes import MODELS, ROWS, SLICE, Layer, problems
-from triton_analog.tuning.space import Problem, Space, spaces
+from triton_analog.tuning.spaces import spaces
 from triton_analog.tuning.static import GPUS, gpus_of, static_sweep
-from triton_analog.tuning.store import Entry
 from triton_analog.tuning.sweep import Done, devices, job_of, measured_before, share, share_results, sweep
 
 KNOWN_FLAGS = sorted({flag for space in spaces().values() for flag in space.flags} - {"aligned", "wide_loads"})

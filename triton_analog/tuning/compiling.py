@@ -13,11 +13,12 @@ import torch
 
 from triton_analog import launch
 from triton_analog.launch import Hardware
+from triton_analog.launch.space import Config, Problem, Space, forced
 from triton_analog.tuning.cases import Call, call_of
 from triton_analog.tuning.inspect import TARGETS, Launch, compile_launch, measure
 from triton_analog.tuning.model import Compiled
 from triton_analog.tuning.processes import Processes
-from triton_analog.tuning.space import Config, Problem, Space, forced, spaces
+from triton_analog.tuning.spaces import spaces
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from triton_analog import launch
+from triton_analog.launch.occupancy import MULTIPROCESSORS, occupancy
 from triton_analog.tuning.disassembly import (
     Listing,
     parse_amdgcn,
@@ -29,7 +30,6 @@ from triton_analog.tuning.disassembly import (
     parse_resource_usage,
     parse_sass,
 )
-from triton_analog.tuning.occupancy import MULTIPROCESSORS, occupancy
 from triton_analog.tuning.processes import run_in_processes
 from triton_analog.tuning.variants import variants
 

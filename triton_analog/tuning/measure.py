@@ -19,13 +19,13 @@ from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.testing import do_bench_cudagraph
 
 from triton_analog.launch import backend
+from triton_analog.launch.fingerprint import code_hash, space_hash
+from triton_analog.launch.space import Config, Problem, Space, as_values, forced
+from triton_analog.launch.store import Entry
 from triton_analog.tuning.cases import Call, call_of
 from triton_analog.tuning.compiling import worth_timing
-from triton_analog.tuning.fingerprint import code_hash, space_hash
 from triton_analog.tuning.inspect import TARGETS
 from triton_analog.tuning.processes import Processes
-from triton_analog.tuning.space import Config, Problem, Space, as_values, forced
-from triton_analog.tuning.store import Entry
 
 FINALISTS = 3
 ROUNDS = 5

@@ -48,9 +48,9 @@ from typing import Any
 
 import triton
 
+from triton_analog.launch.occupancy import SCHEDULERS
+from triton_analog.launch.space import Problem
 from triton_analog.tuning.cases import slices_for
-from triton_analog.tuning.occupancy import SCHEDULERS
-from triton_analog.tuning.space import Problem
 
 
 @dataclass(frozen=True)

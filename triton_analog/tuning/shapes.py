@@ -10,8 +10,8 @@ import torch
 import triton
 
 from triton_analog.launch import Hardware, aligned
+from triton_analog.launch.space import Problem, Space
 from triton_analog.reference.slicing import num_slices
-from triton_analog.tuning.space import Problem, Space
 
 
 class Layer(NamedTuple):

@@ -17,13 +17,13 @@ import torch
 import triton
 
 from triton_analog.launch import has_wide_tiles, named_hardware
+from triton_analog.launch.fingerprint import code_hash, space_hash
+from triton_analog.launch.space import Problem, Space, as_values
+from triton_analog.launch.store import Entry, Key
 from triton_analog.tuning.compiling import Kernel, compile_kernel, launch_of, recorded_call
-from triton_analog.tuning.fingerprint import code_hash, space_hash
 from triton_analog.tuning.model import GPUS, Compiled, gpus_of, microseconds, work_of
 from triton_analog.tuning.processes import Processes
 from triton_analog.tuning.shapes import ROWS, SLICE, Layer, problems
-from triton_analog.tuning.space import Problem, Space, as_values
-from triton_analog.tuning.store import Entry, Key
 
 __all__ = ["GPUS", "gpus_of", "static_sweep"]
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import distributed
 
-from triton_analog.launch import Hardware, hardware
-from triton_analog.tuning import store
-from triton_analog.tuning.fingerprint import is_stale
+from triton_analog.launch import Hardware, hardware, store
+from triton_analog.launch.fingerprint import is_stale
+from triton_analog.launch.space import Problem
+from triton_analog.launch.store import Entry, Key, Table
 from triton_analog.tuning.measure import NothingRuns, tune
 from triton_analog.tuning.processes import Processes, leave_interrupts_to_the_parent
-from triton_analog.tuning.space import Problem, spaces
-from triton_analog.tuning.store import Entry, Key, Table
+from triton_analog.tuning.spaces import spaces
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
+from triton_analog.launch.lookup import Choice
+from triton_analog.launch.space import Problem, Space, as_values
+from triton_analog.launch.store import Entry, Key
 from triton_analog.tuning.inspect import Report
-from triton_analog.tuning.lookup import Choice
-from triton_analog.tuning.space import Problem, Space, as_values
-from triton_analog.tuning.store import Entry, Key
 
 REPORT_COLUMNS = {
     "op": "op",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
-from triton_analog import environment
-from triton_analog.launch import hardware
-from triton_analog.tuning import store
-from triton_analog.tuning.fingerprint import is_stale
-from triton_analog.tuning.space import Problem, Space, forced_config
-from triton_analog.tuning.store import Entry, Key, Table
+from triton_analog.launch import environment, store
+from triton_analog.launch.devices import hardware
+from triton_analog.launch.fingerprint import is_stale
+from triton_analog.launch.space import Problem, Space, forced_config
+from triton_analog.launch.store import Entry, Key, Table
 
 Config = TypeVar("Config")
 Level = Literal["exact", "nearest", "same architecture", "formula"]
@@ -82,15 +81,32 @@ def explain(space: Space[Config], problem: Problem) -> Choice[Config]:
     return found[0][-1] if found else Choice(space.formula(problem), "formula")
 
 
+class FirstUse(NamedTuple):
+    """Tuning on first use. It runs the operations, so it stands above them and hands itself to :func:`tune_by`."""
+
+    can_tune: Callable[[], bool]
+    """Whether something may be timed now."""
+    settle: Callable[[Space[Any], Problem, torch.device, Any, bool], Any]
+    """The configuration for a problem on a device, given the one that was found and whether that one was measured."""
+
+
+_first_use: FirstUse | None = None
+
+
+def tune_by(first_use: FirstUse) -> None:
+    """Let ``first_use`` find configurations where the user asks for it (``TRITON_ANALOG_AUTOTUNE=1``)."""
+    global _first_use
+    _first_use = first_use
+
+
 @lru_cache(maxsize=4096)
 def _choose(space: Space[Config], problem: Problem, device: torch.device | None) -> Config:
     choice = explain(space, problem)
     if device is None:
         return choice.config
-    from triton_analog.tuning.autotune import settle  # which imports the operations, and they this
-
+    assert _first_use is not None
     measured = choice.level == "exact" and choice.entry is not None and choice.entry.origin == "measured"
-    return settle(space, problem, device, choice.config, measured)
+    return _first_use.settle(space, problem, device, choice.config, measured)
 
 
 @cache
@@ -99,11 +115,7 @@ def _autotune() -> bool:
 
 
 def _device_to_tune_on(device: torch.device) -> torch.device | None:
-    if not _autotune():
-        return None
-    from triton_analog.tuning.autotune import can_tune
-
-    return device if can_tune() else None
+    return device if _autotune() and _first_use is not None and _first_use.can_tune() else None
 
 
 def choose(

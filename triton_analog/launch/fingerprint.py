@@ -15,8 +15,8 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from triton_analog.tuning.space import Space
-from triton_analog.tuning.store import Entry
+from triton_analog.launch.space import Space
+from triton_analog.launch.store import Entry
 
 KERNEL_FUNCTIONS = (JITFunction, InterpretedFunction)
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}

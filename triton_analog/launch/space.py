@@ -11,9 +11,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 import triton
 
-from triton_analog.launch import Hardware
-from triton_analog.tuning.occupancy import MULTIPROCESSORS
-from triton_analog.tuning.store import Key
+from triton_analog.launch.devices import Hardware
+from triton_analog.launch.occupancy import MULTIPROCESSORS
+from triton_analog.launch.store import Key
 
 Config = TypeVar("Config")
 
@@ -162,31 +162,6 @@ def forced(space: Space[Config], config: Config) -> Iterator[None]:
 def forced_config(space: Space[Config]) -> Config | None:
     """What :func:`forced` asks for, if it does."""
     return _forced.get(space.op) if _forced else None
-
-
-def spaces() -> dict[str, Space[Any]]:
-    """Every operation's space by name."""
-    # Here, as the operations import this module; from the files, as the package's names are the operations themselves.
-    from triton_analog.ops.absmax import SPACE as ABSMAX
-    from triton_analog.ops.adc import GRAD_SPACE as ADC_GRAD
-    from triton_analog.ops.adc import SPACE as ADC
-    from triton_analog.ops.dac import SPACE as DAC
-    from triton_analog.ops.dac import STEPS_SPACE as DAC_STEPS
-    from triton_analog.ops.input_range import EXTREMA_SPACE as EXTREMA
-    from triton_analog.ops.input_range import SPACE as INPUT_RANGE_GRAD
-    from triton_analog.ops.matmul import SPACE as MATMUL
-    from triton_analog.ops.matmul_dgrad import SPACE as MATMUL_DGRAD
-    from triton_analog.ops.matmul_wgrad import SPACE as MATMUL_WGRAD
-    from triton_analog.ops.noise import SPACE as NOISE
-    from triton_analog.ops.std import SPACE as STD
-    from triton_analog.ops.weight import GRAD_SPACE as WEIGHT_GRAD
-    from triton_analog.ops.weight import SPACE as WEIGHT
-
-    found: list[Space[Any]] = [
-        ABSMAX, ADC, ADC_GRAD, DAC, DAC_STEPS, EXTREMA, INPUT_RANGE_GRAD, MATMUL, MATMUL_DGRAD, MATMUL_WGRAD, NOISE, STD,
-        WEIGHT, WEIGHT_GRAD,
-    ]  # fmt: skip
-    return {space.op: space for space in found}
 
 
 def as_values(config: Any) -> dict[str, int | bool]:

@@ -18,12 +18,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
+import inexact_libm
 import pytest
 
 from triton_analog import launch
 from triton_analog.launch import environment, lookup, store
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "torch's roots, exponentials and logarithms are a unit in the last place off now and then"
+    parser.addoption("--inexact-libm", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--inexact-libm"):
+        config.add_cleanup(inexact_libm.install())
 
 
 class TorchGenerator:

@@ -134,6 +134,22 @@ def assert_accurate(
     assert flipped.sum() <= max(1, truth.numel() // 1000), f"{flipped.sum()} roundings of {truth.numel()} differ"
 
 
+def assert_equal_sums(actual: Tensor, expected: Tensor, terms: int) -> None:
+    """Sums of the same ``terms`` products, added up in any two orders.
+
+    Which order a library takes depends on the shape, the layout and even the alignment of what it multiplies, and so do the last
+    bits. In 16 bits, one of a thousand may be rounded to the neighbour.
+    """
+    unit = 0.0 if expected.dtype == torch.float32 else torch.finfo(expected.dtype).eps * expected.abs().double()
+    assert_accurate(actual, expected, expected, slack=unit, terms=terms)
+
+
+def assert_within_a_unit(actual: Tensor, expected: Tensor) -> None:
+    """Equal numbers or neighbours: of two libraries that take the same root, one may not round it to the nearest."""
+    lower, upper = (expected.nextafter(torch.full_like(expected, bound)) for bound in (-torch.inf, torch.inf))
+    assert ((lower <= actual) & (actual <= upper)).all()
+
+
 def assert_same_up_to_one_step(ours: Tensor, theirs: Tensor, step: float | Tensor) -> None:
     """Scaling in another order moves a value across a tie now and then: one step, on at most 1 % of the elements."""
     difference = (ours - theirs).abs()

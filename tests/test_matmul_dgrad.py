@@ -248,8 +248,10 @@ def test_what_passes_stands_for_the_mask(dtype, backend, device):
     grad, weight, x = operands(19, 37, 100, device, dtype)
     flags, mask = random_mask(3, 19, 37, device)
     r, passed = make_range(3, device), ops.adc_grad(grad, mask)
-    for actual, same in zip(*(ops.matmul_dgrad(grad, weight, x, r, 3, each) for each in (passed, mask)), strict=True):
-        assert torch.equal(actual, same)
+    by_passed, by_mask = (ops.matmul_dgrad(grad, weight, x, r, 3, each) for each in (passed, mask))
+    assert_gradients(by_passed, grad, weight, x, r, 3, flags)
+    if backend == "kernel":  # the bits of torch's products may depend on where in memory each slice's part begins
+        assert all(map(torch.equal, by_passed, by_mask))
     transposed = passed.transpose(0, 2).contiguous().transpose(0, 2)
     assert_gradients(ops.matmul_dgrad(grad, weight, x, r, 3, transposed), grad, weight, x, r, 3, flags)
 

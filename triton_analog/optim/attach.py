@@ -1,8 +1,8 @@
-"""Optimizers that clip analog weights, and draw new weight noise, after each step."""
+"""The work of an analog optimizer, after the steps of an optimizer that exists already."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,115 +13,7 @@ from triton_analog.nn.base import AnalogLayerBase, named_analog_layers
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.settings import GAUSSIAN_CLIP
 from triton_analog.nn.tied import clip_each_weight
-
-Layers = Callable[[], Iterable[AnalogLayerBase]] | list[AnalogLayerBase]
-
-
-class AnalogOptimizer(Optimizer):
-    """``AnalogOptimizer(SGD, model.analog_layers, model.parameters(), lr=0.1)``: an ``SGD`` that clips analog weights.
-
-    The result is an instance of the given optimizer class. After each of its steps, ``clip_weights()`` of every analog
-    layer runs; a weight that layers share is clipped once for equal clips. Then ``redraw_weight_noise()`` of every layer
-    draws the noise of the next step where ``modifier.refresh`` makes it last. Closures, schedulers, gradient scalers and
-    state dicts work as with the given class; a copy or pickle takes the model along.
-
-    Args:
-        optimizer_class: A subclass of ``torch.optim.Optimizer``.
-        analog_layers: The method ``model.analog_layers``, which is asked in each step and so also knows layers that were
-            replaced later; or the layers themselves, ``model.analog_layers()``, which are listed once.
-        args: For ``optimizer_class``, the parameters first.
-        kwargs: For ``optimizer_class``.
-
-    Raises:
-        TypeError: one of the first two arguments is something else.
-        ValueError: an iterable without any analog layer, such as a generator that was used up before.
-    """
-
-    _analog_layers: Layers
-    _wrapped: type[Optimizer]
-    _own_hook: Any
-
-    def __new__(cls, optimizer_class: Any, /, *args: Any, **kwargs: Any) -> AnalogOptimizer:
-        return super().__new__(_subclass(_check_class(optimizer_class)))
-
-    def __init__(self, optimizer_class: type[Optimizer], /, analog_layers: Any, *args: Any, **kwargs: Any) -> None:
-        self._analog_layers = _check_layers(analog_layers)
-        super().__init__(*args, **kwargs)
-        self._watch_steps()
-
-    def _watch_steps(self) -> None:
-        self._own_hook = self.register_step_post_hook(_after_step)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_analog_layers": self._analog_layers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_analog_layers" in state:  # a copy or pickle; load_state_dict also comes here, with less
-            self._watch_steps()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._wrapped,), self.__getstate__()
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    given = optimizer._analog_layers  # type: ignore[attr-defined]
-    layers = list(given() if callable(given) else given)
-    clip_each_weight(layers)
-    _redraw(layers)
-
-
-def _redraw(layers: Iterable[AnalogLayerBase]) -> None:
-    for layer in layers:
-        layer.redraw_weight_noise()
-
-
-def _check_class(optimizer_class: Any) -> type[Optimizer]:
-    good = isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)
-    if not good or issubclass(optimizer_class, AnalogOptimizer):
-        given = getattr(optimizer_class, "__qualname__", repr(optimizer_class))
-        raise TypeError(
-            f"optimizer_class: got {given}; the class of a torch optimizer is needed, such as torch.optim.SGD"
-        )
-    return optimizer_class
-
-
-def _check_layers(layers: Any) -> Layers:
-    remedy = "pass the method model.analog_layers (convert_to_analog and AnalogWrapper give every model one)"
-    if callable(layers) and not isinstance(layers, nn.Module):  # modules are callable, but give outputs
-        return layers
-    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
-        raise TypeError(f"analog_layers: got {type(layers).__name__}; {remedy}")
-    listed = list(layers)
-    for layer in listed:
-        if not isinstance(layer, AnalogLayerBase):
-            raise TypeError(f"analog_layers: got an iterable that holds a {type(layer).__name__}; {remedy}")
-    if not listed:
-        raise ValueError(f"analog_layers: got an iterable without any layer, or one that was used up before; {remedy}")
-    return listed
-
-
-_subclasses: dict[type[Optimizer], type[AnalogOptimizer]] = {}
-
-
-def _subclass(optimizer_class: type[Optimizer]) -> type[AnalogOptimizer]:
-    """The analog version of an optimizer class: made once per class object, with its name."""
-    if optimizer_class not in _subclasses:
-        body = {
-            "__module__": optimizer_class.__module__,
-            "__doc__": optimizer_class.__doc__,
-            "_wrapped": optimizer_class,
-        }
-        _subclasses[optimizer_class] = type(optimizer_class.__name__, (AnalogOptimizer, optimizer_class), body)
-    return _subclasses[optimizer_class]
-
-
-def _rebuild(optimizer_class: type[Optimizer]) -> Any:
-    """An analog optimizer without state, for copies and pickles."""
-    return Optimizer.__new__(_subclass(optimizer_class))
-
-
-# ---- Optimizers that exist already ---------------------------------------------------------------------------------------
+from triton_analog.optim.optimizer import AnalogOptimizer, redraw
 
 
 def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | None = None) -> Attachment:
@@ -229,7 +121,7 @@ class Attachment:
     def _work(self) -> None:
         layers, is_stepped = _layers_of(self.model), self.stepped()
         clip_each_weight([layer for layer in layers if any(map(is_stepped, _clipped_with(layer)))], self.masters)
-        _redraw(layers)
+        redraw(layers)
         self.steps += 1
 
     def stepped(self) -> Callable[[Tensor], bool]:

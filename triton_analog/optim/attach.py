@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from triton_analog.masters import Masters, found_masters, given_masters, held, is_partitioned
-from triton_analog.nn.base import AnalogLayerBase, named_analog_layers
+from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
-from triton_analog.nn.settings import GAUSSIAN_CLIP
-from triton_analog.nn.tied import clip_each_weight
-from triton_analog.optim.optimizer import AnalogOptimizer, redraw
+from triton_analog.optim.after_step import AfterStep, clipped_with, stepped_by
+from triton_analog.optim.layers import KnownLayers, layers_of
+from triton_analog.optim.masters import Masters, found_masters, given_masters, is_partitioned
+from triton_analog.optim.optimizer import AnalogOptimizer
 
 
 def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | None = None) -> Attachment:
@@ -45,7 +45,7 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
-    layers = _layers_of(model)
+    layers = layers_of(model)
     if not layers:
         raise ValueError(
             f"model: this {type(model).__name__} has no analog layers; convert it first, model = convert_to_analog(model, config)"
@@ -54,8 +54,8 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
     before = _attached_before(inner, layers, master)
     if before is not None:
         return before
-    weights = [weight for layer in layers for weight in _clipped_with(layer)]
-    to_clip = [weight for layer in layers if _clips(layer) for weight in _clipped_with(layer) if weight.requires_grad]
+    weights = [weight for layer in layers for weight in clipped_with(layer)]
+    to_clip = [weight for layer in layers if _clips(layer) for weight in clipped_with(layer) if weight.requires_grad]
     if master is None:
         masters = found_masters(to_clip or weights, model.parameters(), inner)
     else:
@@ -65,8 +65,8 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
             "model: its weights are partitioned by DeepSpeed's ZeRO stage 3, where no rank has a whole weight to clip; use "
             "stage 1 or 2, or a config without a Gaussian clip (clip.type)"
         )
+    _check_steps(inner, masters, to_clip, layers)
     attachment = Attachment(model, inner, around[-1] if around else None, masters)
-    _check_steps(attachment, to_clip, layers)
     attachment.start()
     return attachment
 
@@ -80,6 +80,7 @@ class Attachment:
     def __init__(self, model: nn.Module, optimizer: Optimizer, around: Any, masters: Masters | None) -> None:
         self.steps = 0
         self.model, self._optimizer, self.masters = model, optimizer, masters
+        self._after_step = AfterStep(KnownLayers(model), optimizer, masters)
         # What holds masters may step them part by part and copies them to the weights at the end of its own step, so its
         # steps are those that count.
         self._around = around if masters is not None else None
@@ -119,32 +120,13 @@ class Attachment:
         return result
 
     def _work(self) -> None:
-        layers, is_stepped = _layers_of(self.model), self.stepped()
-        clip_each_weight([layer for layer in layers if any(map(is_stepped, _clipped_with(layer)))], self.masters)
-        redraw(layers)
+        self._after_step()
         self.steps += 1
-
-    def stepped(self) -> Callable[[Tensor], bool]:
-        """Which parameters the optimizer steps, as they are or by a master."""
-        own, masters = {id(parameter) for parameter in held(self._optimizer)}, self.masters
-        return lambda parameter: (
-            parameter.requires_grad and (id(parameter) in own or (masters is not None and masters.has(parameter)))
-        )
-
-
-def _layers_of(model: nn.Module) -> list[AnalogLayerBase]:
-    return [layer for _, layer in named_analog_layers(model)]
-
-
-def _clipped_with(layer: AnalogLayerBase) -> list[Tensor]:
-    """The weight of ``layer``; where it is no parameter, all that it may be made of."""
-    weight = layer._parameters.get("weight") if isinstance(layer, AnalogMatrixLayer) else None
-    return list(layer.parameters()) if weight is None else [weight]
 
 
 def _clips(layer: AnalogLayerBase) -> bool:
     """Whether the config of ``layer`` wants its weight clipped after each step."""
-    return isinstance(layer, AnalogMatrixLayer) and layer.rpu_config.clip.type in GAUSSIAN_CLIP
+    return isinstance(layer, AnalogMatrixLayer) and layer.gaussian_clip() is not None
 
 
 def _unwrap(optimizer: Any) -> list[Any]:
@@ -175,7 +157,7 @@ def _attached_before(optimizer: Optimizer, layers: list[AnalogLayerBase], master
         if not wanted.issuperset(given() if callable(given) else given):
             raise ValueError("model: this AnalogOptimizer clips layers that are not in it; attach to the whole model")
     for hook in _hooks(optimizer):
-        if isinstance(hook, Attachment) and not wanted.isdisjoint(attached := set(_layers_of(hook.model))):
+        if isinstance(hook, Attachment) and not wanted.isdisjoint(attached := set(layers_of(hook.model))):
             if not wanted <= attached:
                 raise ValueError("model: some of its layers are attached already, but not all; remove() that first")
             for weight, copy in (master or {}).items():
@@ -185,11 +167,13 @@ def _attached_before(optimizer: Optimizer, layers: list[AnalogLayerBase], master
     return None
 
 
-def _check_steps(attachment: Attachment, to_clip: list[Tensor], layers: list[AnalogLayerBase]) -> None:
+def _check_steps(
+    optimizer: Optimizer, masters: Masters | None, to_clip: list[Tensor], layers: list[AnalogLayerBase]
+) -> None:
     what = "weights that are to be clipped" if to_clip else "parameters of analog layers"
     concerned = to_clip or [parameter for layer in layers for parameter in layer.parameters()]
-    if not any(map(attachment.stepped(), concerned)):
+    if not any(map(stepped_by(optimizer, masters), concerned)):
         raise ValueError(
-            f"optimizer: {type(attachment._optimizer).__name__} steps none of the {len(concerned)} {what}; build it from the "
+            f"optimizer: {type(optimizer).__name__} steps none of the {len(concerned)} {what}; build it from the "
             "parameters of the converted model. Where it steps copies of them, pass master={layer.weight: its copy, ...}"
         )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from triton_analog.nn.base import AnalogLayerBase
-from triton_analog.nn.tied import clip_each_weight
-
-Layers = Callable[[], Iterable[AnalogLayerBase]] | list[AnalogLayerBase]
+from triton_analog.optim.after_step import AfterStep
+from triton_analog.optim.layers import KnownLayers, Layers
 
 
 class AnalogOptimizer(Optimizer):
@@ -37,6 +36,7 @@ class AnalogOptimizer(Optimizer):
     _analog_layers: Layers
     _wrapped: type[Optimizer]
     _own_hook: Any
+    _after_step: AfterStep
 
     def __new__(cls, optimizer_class: Any, /, *args: Any, **kwargs: Any) -> AnalogOptimizer:
         return super().__new__(_subclass(_check_class(optimizer_class)))
@@ -47,6 +47,7 @@ class AnalogOptimizer(Optimizer):
         self._watch_steps()
 
     def _watch_steps(self) -> None:
+        self._after_step = AfterStep(KnownLayers(self._analog_layers))
         self._own_hook = self.register_step_post_hook(_after_step)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,15 +63,7 @@ class AnalogOptimizer(Optimizer):
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    given = optimizer._analog_layers  # type: ignore[attr-defined]
-    layers = list(given() if callable(given) else given)
-    clip_each_weight(layers)
-    redraw(layers)
-
-
-def redraw(layers: Iterable[AnalogLayerBase]) -> None:
-    for layer in layers:
-        layer.redraw_weight_noise()
+    optimizer._after_step()  # type: ignore[attr-defined]
 
 
 def _check_class(optimizer_class: Any) -> type[Optimizer]:

@@ -80,8 +80,8 @@ class WeightNoise(AnalogLayerBase):
 
     - for a compiled forward and one that is captured in a CUDA graph, which only read the seed,
     - for a weight that is frozen,
-    - for a weight that is changed behind autograd's back (``weight.data.add_``, sharded parameters): the layer would go on
-      with the noise, and with the noisy weight, of before.
+    - for a weight that is changed behind autograd's back (``weight.data.add_``, sharded parameters, a captured step that is
+      replayed): the layer would go on with the noise, and with the noisy weight, of before.
 
     In eager mode the noisy weight itself is kept too, from the first forward of a step to its end: that saves a pass over
     the weight in every further forward and in every backward and takes the memory of one more weight, in the dtype of the

@@ -100,7 +100,8 @@ def _config(weight: Tensor, layout: _Layout, whole: bool) -> ClipConfig:
     if whole:
         return ClipConfig(True, False, aligned, BLOCK_N=1, BLOCK_K=TILE, num_warps=8)
     if across:
-        return ClipConfig(False, True, aligned, COLUMNS, BLOCK_K=block(width, TILE // COLUMNS), num_warps=8)
+        # Half a tile: every row of one has an address of its own, in registers too.
+        return ClipConfig(False, True, aligned, COLUMNS, BLOCK_K=block(width, TILE // COLUMNS // 2), num_warps=8)
     block_k = block(width, LONGEST)
     block_n = max(1, min(32, TILE // block_k))
     return ClipConfig(False, False, aligned, block_n, block_k, num_warps=16 if block_k == LONGEST else 8)

@@ -120,7 +120,7 @@ class _Plan:
     ) -> None:
         self.state, self._masters = state, masters
         # An id in the state is of nothing else as long as these are alive.
-        self._alive = [(layer, layer._parameters.get("weight")) for layer in layers]
+        self._alive = [(layer, *clipped_with(layer)) for layer in layers]
         self._devices: set[torch.device] = set()
         self._plan_clips(stepped)
         self._plan_noise(layers)

@@ -21,7 +21,7 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
 
     For trainers that build their own. After each step those weights of ``model`` that the optimizer steps are clipped, and
     the weight noise of all its layers is drawn anew where ``modifier.refresh`` makes it last. Steps that a gradient scaler
-    or the accumulation of gradients leaves out count for nothing.
+    or the accumulation of gradients leaves out count for nothing. A CUDA graph may capture the work together with the step.
 
     Where the optimizer steps copies of the weights in higher precision (master weights), those are clipped and the weights
     take their values. DeepSpeed's are known (ZeRO stages 1 and 2, its bf16 and fp16 optimizers); others are recognised by

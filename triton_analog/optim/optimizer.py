@@ -16,15 +16,19 @@ from triton_analog.optim.layers import KnownLayers, Layers
 class AnalogOptimizer(Optimizer):
     """``AnalogOptimizer(SGD, model.analog_layers, model.parameters(), lr=0.1)``: an ``SGD`` that clips analog weights.
 
-    The result is an instance of the given optimizer class. After each of its steps, ``clip_weights()`` of every analog
-    layer runs; a weight that layers share is clipped once for equal clips. Then ``redraw_weight_noise()`` of every layer
-    draws the noise of the next step where ``modifier.refresh`` makes it last. Closures, schedulers, gradient scalers and
-    state dicts work as with the given class; a copy or pickle takes the model along.
+    The result is an instance of the given optimizer class. After each of its steps, the weight of every analog layer is
+    clipped as ``clip_weights()`` does it; a weight that layers share is clipped once for equal clips. Then the noise of the
+    next step is drawn, as ``redraw_weight_noise()`` does it, where ``modifier.refresh`` makes it last. Closures, schedulers,
+    gradient scalers and state dicts work as with the given class; a copy or pickle takes the model along.
+
+    This takes a few launches for all layers together and never waits for the device, so that a CUDA graph may capture whole
+    steps (``capturable=True`` of the given class). Take a step or more before the capture, as torch asks for anyway: a step
+    that is captured before any other clips one weight after the other. A graph keeps the clips that it was captured with.
 
     Args:
         optimizer_class: A subclass of ``torch.optim.Optimizer``.
-        analog_layers: The method ``model.analog_layers``, which is asked in each step and so also knows layers that were
-            replaced later; or the layers themselves, ``model.analog_layers()``, which are listed once.
+        analog_layers: The method ``model.analog_layers``, with which layers that were replaced later are known too; or the
+            layers themselves, ``model.analog_layers()``, which are listed once.
         args: For ``optimizer_class``, the parameters first.
         kwargs: For ``optimizer_class``.
 

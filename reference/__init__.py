@@ -5,6 +5,7 @@ This is the specification the Triton kernels are tested against, and what runs o
 
 from .absmax import absmax
 from .adc import adc, adc_grad, mask_shape, pack_bits, unpack_bits
+from .clip import clip
 from .dac import dac, dac_steps
 from .input_range import (
     extrema,
@@ -26,6 +27,7 @@ __all__ = [
     "absmax",
     "adc",
     "adc_grad",
+    "clip",
     "dac",
     "dac_steps",
     "extrema",

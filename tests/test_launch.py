@@ -326,8 +326,17 @@ def filled(x, *shape):
     return torch.ones(shape, device=x.device, dtype=x.dtype)
 
 
+def clipped(x):
+    before = x.clone()
+    ops.clip([x], [1.0], 0)
+    result = x.clone()
+    x.copy_(before)
+    return result
+
+
 READERS = {
     "absmax": lambda x: ops.absmax(x, 2),
+    "clip": clipped,
     "moments": lambda x: ops.moments(x, 2),
     "extrema": lambda x: ops.extrema(x, 2),
     "dac": lambda x: ops.dac(x, filled(x, 2), 2, 254),

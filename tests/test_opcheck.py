@@ -39,6 +39,8 @@ def samples():
         ("moments", (x.T, SLICES, torch.tensor([True, False, True]))),
         ("std", (x, SLICES)),
         ("extrema", (x, SLICES)),
+        ("clip", ([x.clone(), weight.clone()], [0.5, 1.5], 0, None)),
+        ("clip", ([x.clone(), weight.clone()], [0.5, 1.5], None, None)),
         ("dac", (leaf(ROWS, FEATURES), leaf(SLICES), SLICES, 254.0, 0.1, 0.5, False)),
         ("dac", (leaf(ROWS, FEATURES), dynamic, SLICES, -1.0, 0.0, 0.95, False)),
         ("dac_steps", (x, r, SLICES, 254.0)),

@@ -32,11 +32,11 @@ class AnalogLayerBase(nn.Module):
         return self
 
     def clip_weights(self) -> None:
-        """Clamp the stored weights as the config's Gaussian clip says. An optimizer calls it after each step."""
+        """Clamp the stored weights as the config's Gaussian clip says. An optimizer does so after each step."""
         raise NotImplementedError(f"{type(self).__name__} must define clip_weights")
 
     def redraw_weight_noise(self) -> None:
-        """Draw new noise for weights whose noise lasts for a whole step. An optimizer calls it after each step.
+        """Draw new noise for weights whose noise lasts for a whole step. An optimizer does so after each step.
 
         Layers without such noise leave it as it is here: there is nothing to do.
         """

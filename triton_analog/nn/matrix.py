@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from triton_analog import ops
+from triton_analog import ops, reference
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig, WeightClipType, WeightQuantizationType
 from triton_analog.functional import analog_linear, check_input, modified_weight
 from triton_analog.nn.range_startup import RangeStartup
@@ -277,8 +276,10 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             )
 
     def note_clip(self) -> None:
-        """The weight has just been clipped, by this layer or by one that shares it."""
-        self._changes_without_clip = 0
+        """The weight has just been clipped, by this layer, one that shares it or an optimizer."""
+        vars(self)["_changes_without_clip"] = (
+            0  # a module takes a microsecond to set an attribute, in every step and layer
+        )
 
     # ---- Weights ------------------------------------------------------------------------------------------------------
 
@@ -317,6 +318,14 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         """Copies of weight and bias (None without one), detached."""
         return self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone()
 
+    def gaussian_clip(self) -> tuple[float, int | None] | None:
+        """The Gaussian clip of the config: ``clip.sigma``, and the dimension of ``weight`` each of whose indices has a deviation
+        of its own (None: there is one for the whole weight). None for the other kinds of clip."""
+        clip = self.rpu_config.clip
+        if clip.type not in GAUSSIAN_CLIP:
+            return None
+        return clip.sigma, None if clip.type is WeightClipType.LAYER_GAUSSIAN else self.CHANNEL_DIM
+
     @torch.no_grad()
     def clip_weights(self, master: Tensor | None = None) -> None:
         """Clamp the stored weight to ``clip.sigma`` standard deviations of the matrix, or of each output's part of it.
@@ -332,18 +341,13 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             ValueError: the weight is computed from other parameters, so that there is nothing to clamp.
         """
         self.note_clip()
-        clip = self.rpu_config.clip
-        if clip.type not in GAUSSIAN_CLIP:
+        clip = self.gaussian_clip()
+        if clip is None:
             return
+        sigma, channel_dim = clip
         weight = _stored_weight(self).detach()
         stepped = weight if master is None else master.detach()
-        per_channel = clip.type is not WeightClipType.LAYER_GAUSSIAN
-        dims = tuple(dim for dim in range(weight.ndim) if not per_channel or dim != self.CHANNEL_DIM)
-        if prod(weight.shape[dim] for dim in dims) < 2:
-            return  # a single number has no deviation
-        wide = stepped if stepped.dtype == torch.float64 else stepped.float()
-        bound = clip.sigma * wide.std(dim=dims, keepdim=True)
-        stepped.clamp_(-bound, bound)
+        reference.clip([stepped], [sigma], channel_dim)  # a single weight is not worth a table for the kernel
         if master is not None:
             weight.copy_(stepped)
 

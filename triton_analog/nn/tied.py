@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from triton_analog.masters import Masters
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
-from triton_analog.nn.settings import GAUSSIAN_CLIP
 
 
-def clip_each_weight(layers: Iterable[AnalogLayerBase], masters: Masters | None = None) -> None:
-    """Clip the weights of all ``layers``, one that several of them share only once for equal clips.
+def layers_by_clip(layers: Iterable[AnalogLayerBase]) -> list[list[Any]]:
+    """Together those ``layers`` that share a weight and have equal clips: one clip serves them all.
 
-    A clamp lowers the standard deviation, so that a second one would be tighter than the config says. What has a master in
-    ``masters`` is clipped there, and the weight follows.
+    A clamp lowers the standard deviation, so that a second one would be tighter than the config says.
     """
-    clipped = set()
+    found: dict[Any, list[Any]] = {}
     for layer in layers:
-        if isinstance(layer, AnalogMatrixLayer):
-            clip = layer.rpu_config.clip
-            key = (id(layer._parameters.get("weight")), layer.CHANNEL_DIM, clip.type, clip.sigma)
-            if key in clipped:
-                layer.note_clip()
-                continue
-            clipped.add(key)
-            if masters is not None and clip.type in GAUSSIAN_CLIP and masters.has(layer.weight):
-                master = masters.read(layer.weight)
-                layer.clip_weights(master)
-                masters.write(layer.weight, master)
-                continue
-        layer.clip_weights()
+        weight = layer._parameters.get("weight")
+        key: Any = layer
+        if isinstance(layer, AnalogMatrixLayer) and weight is not None:
+            key = id(weight), layer.gaussian_clip()
+        found.setdefault(key, []).append(layer)
+    return list(found.values())
+
+
+def clip_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
+    """Clip the weights of all ``layers``, one that several of them share only once for equal clips."""
+    for first, *others in layers_by_clip(layers):
+        first.clip_weights()
+        for layer in others:
+            layer.note_clip()
 
 
 def quantize_each_weight(layers: Iterable[AnalogLayerBase]) -> None:

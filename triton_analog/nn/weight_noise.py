@@ -19,6 +19,11 @@ TILE_SETTINGS = ("max_input_size", "weight_quantization", "weight_res", "weight_
 """The keywords of ``analog_linear`` that make the tiles' weight."""
 
 
+def redraw_seeds(seeds: Tensor) -> None:
+    """Fill ``seeds`` (int64) anew, from torch's default generator of their device, as single seeds would be one by one."""
+    seeds.random_(0, 2**63 - 1)
+
+
 class _Snapshot:
     """Tensors as they were: knows them again as long as they are the same objects, unchanged and in the same memory.
 
@@ -39,7 +44,7 @@ class _Kept:
     """What a layer remembers of its noise from forward to forward in eager mode. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self.drawn_for: _Snapshot | None = None  # the weight when its noise was drawn; None: not known, so as it is now
+        self.drawn_for: _Snapshot | None = None  # the weight that has the noise; None: whatever the next forward finds
         self._tile: tuple[Tensor, Tensor] | None = None
         self._made_of: _Snapshot | None = None
         self._made_with: Any = None
@@ -75,8 +80,8 @@ class WeightNoise(AnalogLayerBase):
 
     - for a compiled forward and one that is captured in a CUDA graph, which only read the seed,
     - for a weight that is frozen,
-    - for a weight that is changed behind autograd's back (``weight.data.add_``, sharded parameters): the layer would go on
-      with the noise, and with the noisy weight, of before.
+    - for a weight that is changed behind autograd's back (``weight.data.add_``, sharded parameters, a captured step that is
+      replayed): the layer would go on with the noise, and with the noisy weight, of before.
 
     In eager mode the noisy weight itself is kept too, from the first forward of a step to its end: that saves a pass over
     the weight in every further forward and in every backward and takes the memory of one more weight, in the dtype of the
@@ -100,9 +105,13 @@ class WeightNoise(AnalogLayerBase):
         Nothing happens in a layer whose noise is new in every forward (``modifier.refresh``).
         """
         if self.weight_noise_seed is not None:
-            self.weight_noise_seed.random_(0, 2**63 - 1)
-            self._kept_noise.drop_tile()
-            self._kept_noise.drawn_for = _Snapshot(self._weight_sources())
+            redraw_seeds(self.weight_noise_seed)
+            self.note_redraw()
+
+    def note_redraw(self) -> None:
+        """``weight_noise_seed`` has just been drawn anew, by this layer or by an optimizer."""
+        self._kept_noise.drop_tile()
+        self._kept_noise.drawn_for = None
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; leaving the training mode also frees the noisy weight."""

@@ -2,6 +2,7 @@
 
 from triton_analog.ops.absmax import absmax
 from triton_analog.ops.adc import adc, adc_grad
+from triton_analog.ops.clip import clip
 from triton_analog.ops.dac import dac, dac_steps
 from triton_analog.ops.input_range import (
     extrema,
@@ -22,6 +23,7 @@ __all__ = [
     "absmax",
     "adc",
     "adc_grad",
+    "clip",
     "dac",
     "dac_steps",
     "extrema",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from triton_analog.ops.absmax import launch_absmax
 from triton_analog.ops.adc import launch_adc, launch_adc_grad
+from triton_analog.ops.clip import clip_batches, launch_clip
 from triton_analog.ops.dac import launch_dac, launch_dac_steps
 from triton_analog.ops.input_range import (
     launch_extrema,
@@ -45,6 +46,11 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
     def numbers(*shape: int) -> Tensor:
         return meta(*shape, dtype=torch.float32)
 
+    def clip(weight: Tensor, channel_dim: int | None) -> None:
+        for batch in clip_batches([weight], [2.5], [channel_dim]):
+            assert batch.table is not None
+            launch_clip(weight, channel_dim, batch.table)
+
     x, y, w, bias = meta(M, K), meta(M, N), meta(N, K), meta(N)
     static, dynamic, wmax = numbers(S), numbers(S, M), numbers(S, N)
     seed, count = meta(1, dtype=torch.int64), meta(S, dtype=torch.int64)
@@ -58,6 +64,11 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
         "adc": [
             ("noise+adc", lambda: launch_adc(y, static[:1], 0.04, wmax[0], 10.0, wmax[0], 254.0, seed, 0)),
             ("grad", lambda: launch_adc_grad(y, mask)),
+        ],
+        "clip": [
+            ("channels", lambda: clip(w, 0)),
+            ("transposed", lambda: clip(w, 1)),
+            ("whole", lambda: clip(w, None)),
         ],
         "dac": [
             ("static", lambda: launch_dac(x, static, S, 254.0)),

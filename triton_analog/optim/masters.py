@@ -20,6 +20,8 @@ class Masters(NamedTuple):
     """Its master, or a copy of that, in the shape of the weight."""
     write: Callable[[Tensor, Tensor], object]
     """Store a changed :attr:`read`."""
+    lasting: bool
+    """Whether :attr:`read` is the master itself, the same tensor after each step, so that there is nothing to :attr:`write`."""
 
 
 def given_masters(master: Any, weights: Iterable[Tensor], optimizer: Optimizer) -> Masters:
@@ -70,7 +72,8 @@ def found_masters(
     weights = [weight for weight in weights if id(weight) not in held_here]
     deepspeed: Any = sys.modules.get("deepspeed.utils")
     if deepspeed is not None and any(_deepspeed_has(weight) for weight in weights):
-        return Masters(_deepspeed_has, deepspeed.safe_get_full_fp32_param, deepspeed.safe_set_full_fp32_param)
+        read, write = deepspeed.safe_get_full_fp32_param, deepspeed.safe_set_full_fp32_param
+        return Masters(_deepspeed_has, read, write, lasting=False)
     own = {id(parameter) for parameter in model_parameters}
     others = [parameter for parameter in held(optimizer) if id(parameter) not in own]
     found: dict[int, Tensor] = {}
@@ -95,7 +98,8 @@ def _mapped(master: dict[int, Tensor]) -> Masters:
     return Masters(
         has=lambda weight: id(weight) in master,
         read=lambda weight: master[id(weight)],
-        write=lambda weight, changed: None,  # changed is the master itself
+        write=lambda weight, changed: None,
+        lasting=True,
     )
 
 

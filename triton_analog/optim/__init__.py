@@ -1,0 +1,6 @@
+"""Optimizers that clip analog weights, and draw new weight noise, after each step."""
+
+from triton_analog.optim.attach import Attachment, attach
+from triton_analog.optim.optimizer import AnalogOptimizer
+
+__all__ = ["AnalogOptimizer", "Attachment", "attach"]

@@ -14,16 +14,19 @@ from .input_range import (
     input_range_update,
     input_range_update_fast,
 )
+from .linear import keeps_steps, linear_backward, linear_forward
 from .matmul import matmul
 from .matmul_backward import matmul_backward
 from .matmul_dgrad import matmul_dgrad
 from .matmul_wgrad import matmul_wgrad
 from .noise import noise
+from .patches import Patches
 from .slicing import num_slices, slice_widths, split_sizes
 from .std import merge_moments, moments, std, std_of
 from .weight import weight, weight_grad
 
 __all__ = [
+    "Patches",
     "absmax",
     "adc",
     "adc_grad",
@@ -35,6 +38,9 @@ __all__ = [
     "input_range_learn",
     "input_range_update",
     "input_range_update_fast",
+    "keeps_steps",
+    "linear_backward",
+    "linear_forward",
     "mask_shape",
     "matmul",
     "matmul_backward",

@@ -277,8 +277,8 @@ class Grown(AnalogLinear):
     def tile_rows(self, x: Tensor) -> Tensor:
         return x.unfold(-1, self.in_features, 1).flatten(0, -2)
 
-    def analog_matmul(self, x: Tensor) -> Tensor:
-        return super().analog_matmul(self.tile_rows(x))
+    def analog_matmul(self, x: Tensor, *shared: Any) -> Tensor:
+        return super().analog_matmul(self.tile_rows(x), *shared)
 
 
 def test_the_range_is_of_the_rows_that_a_layer_makes_of_its_input() -> None:
@@ -349,7 +349,8 @@ def everything_of(model: nn.Module) -> list[Any]:
     values = [(name, value.tolist()) for name, value in model.state_dict().items()]
     configs = [layer.rpu_config.to_dict() for layer in model.modules() if isinstance(layer, AnalogMatrixLayer)]
     identities = [
-        {name: id(value) for name, value in own.items() if name != "_checked"} for own in held
+        {name: id(value) for name, value in own.items() if name not in ("_checked", "_of_modes", "_numbers_of")}
+        for own in held
     ]  # the config that was checked last is a cache
     return [identities, hooks, values, configs]
 

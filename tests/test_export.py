@@ -500,8 +500,8 @@ class Loud(AnalogRNN):
 
 
 class OtherCell(AnalogGRUCell):
-    def step(self, projected: Tensor, state: Any) -> Any:
-        return (2 * super().step(projected, state)[0],)
+    def step(self, projected: Tensor, state: Any, shared: Any) -> Any:
+        return (2 * super().step(projected, state, shared)[0],)
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,17 @@
 import os
 import subprocess
 import sys
-from collections import defaultdict
-from math import prod
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
-import triton.language as tl
 from helpers import randn, seed_of, viewed
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_analog import launch, ops, reference
-from triton_analog.launch import backends, devices, start
+from triton_analog.launch import backends
 from triton_analog.ops.matmul import MatmulConfig, launch_matmul
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -124,118 +118,6 @@ def test_a_recording_chooses_as_for_its_target(target, expected):
     with launch.recording(lambda *launched: None, target, name="a name"):
         assert launch.hardware(torch.device("cpu")) == ("a name", *expected)
     assert launch.hardware(torch.device("cpu")) == ("cpu", "cpu", 0)
-
-
-# ---- Launches of kernels that were started before ---------------------------------------------------------------------
-
-
-def scale_kernel(x_ptr, out_ptr, bias_ptr, size, factor, BLOCK: tl.constexpr, NEGATE: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offsets, mask=offsets < size, other=0) * factor
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr)
-    tl.store(out_ptr + offsets, -x if NEGATE else x, mask=offsets < size)
-
-
-def copy_kernel(source, out_ptr, BLOCK: tl.constexpr):
-    tl.store(out_ptr + tl.arange(0, BLOCK), source.load([0, 0]).reshape(BLOCK))
-
-
-SCALE, COPY = JITFunction(scale_kernel), JITFunction(copy_kernel)
-ALIGNED = torch.ones(64)
-
-
-def scaled(x=ALIGNED, out=ALIGNED, bias=None, size=48, factor=2.0, **options):
-    return SCALE, (x, out, bias, size, factor), {"BLOCK": 64, "NEGATE": False, "num_warps": 4} | options
-
-
-def copied(x=ALIGNED, block=(2, 16), **options):
-    source = TensorDescriptor.from_tensor(x.reshape(2, -1), list(block))
-    return COPY, (source, ALIGNED), {"BLOCK": prod(block)} | options
-
-
-class Compiled(CompiledKernel):
-    """In place of a binary, the hash of all that Triton compiles it from; it notes its launches in ``started``."""
-
-    def __init__(self, source, options, started):
-        self.src, self.name = source, source.name
-        self.hash = source.hash(), tuple(sorted(options.items()))
-        self.module, self.function, self.packed_metadata, self._module_pid = object(), None, None, None
-        self._run = lambda *args: started.append((self.hash, args[:3], args[9:]))
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """What reaches a driver that pretends to have a Hopper GPU: the compiled kernel's hash, the grid and the arguments.
-
-    Nothing is really compiled, which the oldest supported Triton cannot do once its interpreter has run in the process.
-    """
-    started = []
-    pretended = SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: HOPPER
-    )
-    monkeypatch.setattr(triton.compiler, "compile", lambda source, target, options: Compiled(source, options, started))
-    monkeypatch.setattr(devices, "_stand_in", launch.Hardware("", "sm_90", 90))
-    monkeypatch.setattr(start, "_compiled", {})
-    for kernel in (SCALE, COPY):
-        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    monkeypatch.setattr(driver, "_active", pretended)
-    return started
-
-
-LAUNCHES = {
-    "first": scaled(),
-    "another size": scaled(size=32),
-    "a size that 16 does not divide": scaled(size=50),
-    "size 1": scaled(size=1),
-    "a size of 64 bits": scaled(size=2**31),
-    "a negative size": scaled(size=-16),
-    "an unaligned input": scaled(torch.ones(64)[1:]),
-    "an unaligned output": scaled(out=torch.ones(64)[1:]),
-    "another dtype": scaled(ALIGNED.bfloat16()),
-    "with a bias": scaled(bias=torch.ones(16)),
-    "another factor": scaled(factor=3.0),
-    "an integer factor": scaled(factor=2),
-    "factor 1": scaled(factor=1),
-    "a factor that is a flag": scaled(factor=True),
-    "another block": scaled(BLOCK=32),
-    "another branch": scaled(NEGATE=True),
-    "another number of warps": scaled(num_warps=8),
-    "a descriptor": copied(),
-    "a descriptor of another block": copied(block=(1, 32)),
-    "a descriptor of another dtype": copied(ALIGNED.half()),
-}
-
-
-def test_a_launch_starts_the_kernel_that_triton_would(started):
-    """Every launch twice, in turns, so that each meets all that is known of the others."""
-    device = torch.device("cpu")
-    for kernel, args, options in LAUNCHES.values():
-        kernel[7, 1, 1](*args, enable_fp_fusion=True, **options)
-    by_triton, ours = list(started), []
-    for _ in range(2):
-        started.clear()
-        for kernel, args, options in LAUNCHES.values():
-            launch.launch(kernel, (7,), device, *args, **options)
-        ours.append(list(started))
-    for index, name in enumerate(LAUNCHES):
-        for again in ours:
-            (binary, grid, args), (own_binary, own_grid, own_args) = by_triton[index], again[index]
-            assert own_binary == binary, name
-            assert own_grid == grid == (7, 1, 1), name
-            assert [id(arg) for arg in own_args] == [id(arg) for arg in args], name
-    assert len({binary for binary, *_ in by_triton}) >= 15, "these launches need different kernels"
-
-
-def test_a_kernel_started_before_passes_by_tritons_lookup(started, monkeypatch):
-    kernel, args, options = scaled()
-    launch.launch(kernel, (7,), torch.device("cpu"), *args, **options)
-    monkeypatch.setattr(JITFunction, "run", lambda *args, **options: pytest.fail("asked Triton again"))
-    kernel, args, options = scaled(torch.zeros(64), size=32, factor=5.0)
-    launch.launch(kernel, (3,), torch.device("cpu"), *args, **options)
-    assert [grid for _, grid, _ in started] == [(7, 1, 1), (3, 1, 1)]
-    with pytest.raises(pytest.fail.Exception, match="asked Triton again"):
-        launch.launch(kernel, (3,), torch.device("cpu"), *args, **options | {"num_warps": 2})
 
 
 # ---- Descriptors ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from helpers import all_dtypes, all_views, assert_equal_sums, packed, randn, tensor, viewed
 
 from triton_analog import ops
+from triton_analog.launch import plan
 
 KINDS = ["none", "static", "dynamic"]
 BIAS = {"dtype": torch.float32, "bias_dtype": torch.float32}
@@ -93,6 +94,7 @@ def test_a_few_slices_at_a_time(at_once, backend, device, monkeypatch):
     tensors, mask = operands(35, 145, 37, 5, "static", device), random_mask(5, 35, 145, device)
     expected = ops.matmul_backward(*tensors, 5, mask, inp_res=254, **BIAS)
     monkeypatch.setattr(adc, "PASSED_ELEMENTS", at_once * tensors[0].numel())
+    plan.forget()
     masked, launch_adc_grad = [], adc.launch_adc_grad
     monkeypatch.setattr(adc, "launch_adc_grad", lambda g, part: masked.append(len(part)) or launch_adc_grad(g, part))
     assert_same(ops.matmul_backward(*tensors, 5, mask, inp_res=254, **BIAS), expected)

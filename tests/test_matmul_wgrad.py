@@ -24,7 +24,7 @@ from helpers import (
 )
 
 from triton_analog import ops
-from triton_analog.launch import describable, slices_describable
+from triton_analog.launch import describable, plan, slices_describable
 from triton_analog.ops.matmul_wgrad import MatmulWgradConfig, launch_matmul_wgrad
 
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 3), (33, 16, 127, 1), (17, 23, 258, 2), (1, 9, 40, 7), (19, 37, 257, 3)]
@@ -259,6 +259,7 @@ def test_a_few_slices_at_a_time(at_once, backend, device, monkeypatch):
     expected = ops.matmul_wgrad(grad, x, r, 5, mask, **options)
     assert_gradient(expected[0], grad, x, r, 5, 254, flags)
     monkeypatch.setattr(import_module("triton_analog.ops.adc"), "PASSED_ELEMENTS", at_once * grad.numel())
+    plan.forget()
     for actual, same in zip(ops.matmul_wgrad(grad, x, r, 5, mask, **options), expected, strict=True):
         assert torch.equal(actual, same)
 

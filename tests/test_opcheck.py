@@ -6,6 +6,7 @@ from helpers import seed_of
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from triton_analog import ops, reference
+from triton_analog.ops.linear import linear_forward
 
 OPERATORS = torch.ops.triton_analog
 ROWS, COLUMNS, FEATURES, SLICES = 5, 9, 20, 3
@@ -30,6 +31,9 @@ def samples():
     int8 = torch.randint(-127, 128, (COLUMNS, FEATURES), dtype=torch.int8)
     learned = leaf(SLICES, COLUMNS)
     linear = (leaf(ROWS, FEATURES), leaf(COLUMNS, FEATURES))
+    converted = (SLICES, False, 254.0, 0.1, True, 1.0, True, 254.0, "per_channel", 30.0, "per_channel", 0.1)
+    seeds = (seed, seed, None, None)
+    modifier = ("per_channel", 30.0, "per_channel", 0.1)
     off = (-1.0, 0.0, None, 0.0, None, -1.0, None)
     converters = (254.0, 0.1, wmax, 1.0, wmax, 254.0)
     return [
@@ -72,6 +76,18 @@ def samples():
         ("matmul_backward", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, 254.0, torch.float32, torch.float32)),
         ("matmul_backward", (grad, weight, steps, clipped, r, SLICES, mask, 0.1, 0.5, True, 254.0, torch.bfloat16, None)),
         ("matmul_backward", (grad, weight, x, None, dynamic, SLICES, None, 0.0, 0.5, False, 254.0, torch.float32, None)),
+        ("linear_forward", (x, weight, one.expand(COLUMNS), r, None, *seeds, *converted, "full", None, True)),
+        ("linear_forward", (x, weight, None, r, clip, *seeds, *converted, "int8", None, True)),
+        ("linear_forward", (x, weight, None, None, None, None, None, None, None, SLICES, True, 254.0, 0.0, False, 0.0, False,
+                            -1.0, "none", 0.0, "none", 0.0, "full", None, False)),
+        ("linear_backward", (grad, x, None, weight, r, None, seed, None, mask, SLICES, 254.0, *modifier, 0.1, 0.5, False, None,
+                             [ROWS, FEATURES], torch.float32, True, True)),
+        ("linear_backward", (grad, steps, clipped, weight, r, clip, seed, None, mask, SLICES, 254.0, *modifier, 0.1, 0.5, False,
+                             None, [ROWS, FEATURES], None, False, True)),
+        ("linear_backward", (grad, x, None, weight, r, None, seed, None, mask, SLICES, 254.0, *modifier, 0.1, 0.5, False, None,
+                             [ROWS, FEATURES], None, True, False)),
+        ("analog_linear", (*linear, leaf(COLUMNS), leaf(SLICES), None, seed, None, None, None, False, 7, 254.0, 0.1, True, 1.0,
+                           True, 254.0, "none", 0.0, "per_channel", 0.1, 0.0, 0.95, False, True, "full", 1, None)),
         ("matmul_wgrad", (grad, x, r, SLICES, mask, 254.0, torch.float32, False, torch.float32)),
         ("matmul_wgrad", (grad, steps, r, SLICES, mask, 254.0, torch.float32, True, None)),
         ("matmul_wgrad", (grad, x, None, SLICES, None, -1.0, torch.bfloat16, False, torch.bfloat16)),
@@ -111,3 +127,34 @@ def test_shapes_may_be_symbols(backend):
     for rows in (2, 7, 33):
         x = torch.randn(rows, FEATURES)
         torch.testing.assert_close(traced(x, weight, r, wmax), step(x, weight, r, wmax))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("index", range(len(CASES)), ids=CASES)
+def test_a_change_in_place_is_one_for_autograd(index, backend):
+    """The version of what an operator changes goes up, so that a backward which needs the old values raises; and of nothing
+    else."""
+    name, arguments = samples()[index]
+    operator = getattr(OPERATORS, name).default
+    changed = [argument.name for argument in operator._schema.arguments if argument.alias_info is not None]
+    given = dict(zip([argument.name for argument in operator._schema.arguments], arguments, strict=True))
+    tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
+    before = {key: tensor._version for key, tensor in tensors.items()}
+    with torch.no_grad():
+        operator(*arguments)
+    for key, tensor in tensors.items():
+        assert (tensor._version > before[key]) is (key in changed), key
+
+
+def test_whole_numbers_become_floats_past_the_dispatcher_too(monkeypatch):
+    """A kernel would be compiled for integers otherwise."""
+    seen = []
+    monkeypatch.setattr(linear_forward, "_run", lambda *args: seen.extend(args))
+    numbers = (SLICES, False, 254, 0, False, 1, False, 254, "none", 0, "none", 0)
+    with torch.no_grad():
+        linear_forward(
+            *(torch.randn(ROWS, FEATURES), torch.randn(COLUMNS, FEATURES)), *[None] * 7, *numbers, "full", None, False
+        )
+    kinds = [str(argument.type) for argument in OPERATORS.linear_forward.default._schema.arguments]
+    for kind, value in zip(kinds, seen, strict=True):
+        assert isinstance(value, float) == (kind == "float")

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from triton_analog.patches import Patches
+from triton_analog.reference import Patches
 
 SIZE = (7, 6, 5)
 KERNELS = {  # of every rank: kernel, stride, dilation and padding before and after, dimension by dimension

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.profiler import profile
 from triton.backends.compiler import GPUTarget
 
-from triton_analog import launch
+from triton_analog import TorchInferenceRPUConfig, launch
+from triton_analog.config import WeightClipType, WeightNoiseInjectionType
 from triton_analog.functional import analog_linear, update_input_range
+from triton_analog.nn import rnn_cells
+from triton_analog.nn.rnn import AnalogRNN
+from triton_analog.nn.rnn_cells import AnalogLSTMCell
 
 M, N, K, TILE = 256, 128, 256, 64
 H100 = GPUTarget("cuda", 90, 32)
@@ -24,6 +30,7 @@ NO_WORK = {
     "to",
     "expand",
     "reshape",
+    "flatten",
 }
 EVERYTHING = {
     "max_input_size": TILE,
@@ -104,3 +111,58 @@ def test_an_ideal_device_is_one_kernel(backend):
     x, w, b, _ = layer()
     with torch.no_grad():
         assert launches(lambda: analog_linear(x, w, b)) == (["matmul_kernel"], [])
+
+
+class OneLaunch(torch.autograd.Function):
+    """Stands for torch's fused cell, which needs a GPU."""
+
+    @staticmethod
+    def forward(ctx, gates_x, gates_h, c):
+        ctx.save_for_backward(gates_x, c)
+        ctx.set_materialize_grads(False)
+        return torch.empty_like(c), torch.negative(c), torch.empty_like(gates_x)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        gates, c = ctx.saved_tensors
+        grad = torch.negative(gates)
+        return grad, grad, torch.empty_like(c)
+
+
+@pytest.mark.parametrize("backend", ["kernel"], indirect=True)
+def test_a_time_step_of_an_lstm_starts_six_kernels_and_four_operations(backend, monkeypatch):
+    monkeypatch.setattr(rnn_cells, "is_fused", lambda *_: True)
+    monkeypatch.setattr(rnn_cells, "fused_lstm", OneLaunch.apply)
+    config = TorchInferenceRPUConfig()
+    config.mapping.max_input_size = TILE
+    config.pre_post.input_range.enable, config.pre_post.input_range.init_from_data = True, 0
+    config.forward.inp_res = config.forward.out_res = 254
+    config.forward.out_noise, config.forward.out_noise_per_channel, config.forward.out_bound = 0.04, True, 10.0
+    config.clip.type, config.clip.sigma = WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, 2.5
+    config.modifier.noise_type, config.modifier.std_dev = WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL, 0.02
+    layer = AnalogRNN(AnalogLSTMCell, K, K, dtype=torch.bfloat16, rpu_config=config)
+
+    def of_steps(steps):
+        layer.zero_grad()
+        x = torch.zeros(steps, 8, K, dtype=torch.bfloat16, requires_grad=True)
+
+        def step():
+            y = layer(x)[0]
+            y.backward(y.detach())
+
+        return map(Counter, launches(step))
+
+    (kernels, others), (more_kernels, more_others) = of_steps(2), of_steps(3)
+    assert sorted((more_kernels - kernels).elements()) == [
+        "adc_grad_kernel",
+        "matmul_dgrad_kernel",
+        "matmul_kernel",
+        "matmul_prepare_kernel",
+        "matmul_wgrad_kernel",
+        "range_grad_kernel",
+    ]
+    assert sorted((more_others - others).elements()) == ["add", "add_", "neg", "neg"], (
+        "the cell forward and backward, and the gradients of the weight and of the state"
+    )
+    assert kernels["weight_kernel"] == more_kernels["weight_kernel"] == 3, "one for all steps, two for the inputs"
+    assert others["random_"] == more_others["random_"] == 2

@@ -122,9 +122,9 @@ def timed(monkeypatch) -> Callable[[dict[Any, float]], list[Any]]:
 
 def change_noise(monkeypatch, change: Callable[[Any, Tensor], Tensor]) -> None:
     """``change(config, out)`` takes the place of what the kernel wrote."""
-    module = import_module("triton_analog.ops.noise")  # the package's name for it is the operation
-    original = module.launch_noise
-    monkeypatch.setattr(module, "launch_noise", lambda *a, **k: change(forced_config(NOISE), original(*a, **k)))
+    operator = import_module("triton_analog.ops.noise")._noise  # the package's name for it is the operation
+    original = operator._run_kernel
+    monkeypatch.setattr(operator, "_run_kernel", lambda *args: change(forced_config(NOISE), original(*args)))
 
 
 def test_the_fastest_configuration_is_kept_beside_the_formulas_time(device, candidates, timed):

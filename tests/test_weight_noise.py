@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import weakref
 from typing import Any
 
@@ -77,7 +78,7 @@ def step(model: nn.Module, optimizer: Optimizer) -> None:
 
 @pytest.fixture
 def weight_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The result of every call of the weight's operator from now on."""
+    """Every weight that is made for tiles from now on, by the layer or in a forward or backward."""
     results: list[Tensor] = []
     weight = functional.ops.weight
 
@@ -87,6 +88,12 @@ def weight_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return result
 
     monkeypatch.setattr(functional.ops, "weight", counted)
+
+    def composed(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        results.append(reference.weight(*args, **kwargs)[0])
+        return reference.weight(*args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["triton_analog.reference.linear"], "modified_weight", composed)
     return results
 
 
@@ -253,7 +260,7 @@ def test_gradients_also_reach_a_learned_clip_and_equal_those_without_the_kept_we
         else:
             y = functional.analog_linear(
                 inputs, own.weight, own.bias, input_range=own.input_range, weight_clip=own.learnable_weight_clip,
-                weight_seed=own.weight_noise_seed, **own._settings(),
+                weight_seed=own.weight_noise_seed, **own._numbers()._asdict(),
             )  # fmt: skip
         y.square().sum().backward()
         gradients.append([y.detach(), inputs.grad, *(parameter.grad.clone() for parameter in own.parameters())])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_analog import ops
+import triton_analog.ops as ops
 from triton_analog.config import ConfigError, IOParameters, TorchInferenceRPUConfig
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.range_statistics import (
@@ -210,8 +210,8 @@ def _without_range(config: TorchInferenceRPUConfig) -> TorchInferenceRPUConfig:
     return config
 
 
-def _observe(name: str, layer: AnalogMatrixLayer, statistic: RangeStatistic, x: Tensor) -> Tensor:
-    y = type(layer).analog_matmul(layer, x)  # which also refuses an x that does not fit
+def _observe(name: str, layer: AnalogMatrixLayer, statistic: RangeStatistic, x: Tensor, *shared: Any) -> Tensor:
+    y = type(layer).analog_matmul(layer, x, *shared)  # which also refuses an x that does not fit
     rows = layer.tile_rows(x.detach())
     largest = ops.absmax(rows, 1)[0]
     if not largest.isfinite().all():

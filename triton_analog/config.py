@@ -73,8 +73,27 @@ class SavedInput(Enum):
     gradients are the same. Needs ``inp_res`` of 2 to 254 steps."""
 
 
+_changes = 0
+
+
+def changes() -> int:
+    """How often a field of any config was set in this process: while this number stays, no config has changed."""
+    return _changes
+
+
+class _Section:
+    """Counts what is set, so that layers need not compare their configs in every forward."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        global _changes
+        _changes += 1
+        object.__setattr__(self, name, value)
+
+
 @dataclass(slots=True)
-class IOParameters:
+class IOParameters(_Section):
     """The analog matrix product: converters at its input (DAC) and output (ADC), and the noise at its output.
 
     A resolution is a number of steps (``2**8 - 2``), its inverse (``1 / 254``), or ``<= 0`` for off. Everything here
@@ -96,7 +115,7 @@ class IOParameters:
 
 
 @dataclass(slots=True)
-class WeightClipParameter:
+class WeightClipParameter(_Section):
     """How large the weights may become."""
 
     sigma: float = -1.0
@@ -106,7 +125,7 @@ class WeightClipParameter:
 
 
 @dataclass(slots=True)
-class WeightModifierParameter:
+class WeightModifierParameter(_Section):
     """What the forward does to the weights. The stored weights are never changed by it."""
 
     std_dev: float = 0.0
@@ -122,7 +141,7 @@ class WeightModifierParameter:
 
 
 @dataclass(slots=True)
-class MappingParameter:
+class MappingParameter(_Section):
     """How a weight matrix is mapped to analog tiles."""
 
     max_input_size: int = -1
@@ -130,7 +149,7 @@ class MappingParameter:
 
 
 @dataclass(slots=True)
-class InputRangeParameter:
+class InputRangeParameter(_Section):
     """The range that inputs are clamped to and the DAC spans, one per slice."""
 
     enable: bool = False
@@ -156,7 +175,7 @@ class InputRangeParameter:
 
 
 @dataclass(slots=True)
-class PrePostProcessingParameter:
+class PrePostProcessingParameter(_Section):
     """Digital processing around the tiles."""
 
     input_range: InputRangeParameter = field(default_factory=InputRangeParameter)
@@ -164,7 +183,7 @@ class PrePostProcessingParameter:
 
 
 @dataclass(slots=True)
-class TorchInferenceRPUConfig:
+class TorchInferenceRPUConfig(_Section):
     """Everything an analog layer simulates. The default simulates nothing: the layer computes what its torch one does."""
 
     forward: IOParameters = field(default_factory=IOParameters)

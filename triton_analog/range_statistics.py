@@ -12,7 +12,7 @@ from math import floor
 import torch
 from torch import Tensor
 
-from triton_analog import ops
+import triton_analog.ops as ops
 from triton_analog.reference.grid import wide
 from triton_analog.reference.slicing import iter_slices
 

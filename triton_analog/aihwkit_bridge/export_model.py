@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from triton_analog import ops
+import triton_analog.ops as ops
 from triton_analog.aihwkit_bridge.depth import Conv3dByDepth
 from triton_analog.aihwkit_bridge.export_config import base_aihwkit_rpu_config, export_config
 from triton_analog.aihwkit_bridge.package import Notes, load_aihwkit, tile_grid

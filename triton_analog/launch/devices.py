@@ -41,6 +41,11 @@ def standing_in(hardware: Hardware) -> Iterator[None]:
         _stand_in = previous
 
 
+def is_standing_in() -> bool:
+    """Whether devices are taken for another one."""
+    return _stand_in is not None
+
+
 @cache
 def _hardware(device: torch.device) -> Hardware:
     if device.type != "cuda":
@@ -58,7 +63,7 @@ def hardware(device: torch.device) -> Hardware:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever device the tensors are on."""
+    """Make ``device`` the current one of its kind."""
     return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 

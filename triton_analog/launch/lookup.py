@@ -11,11 +11,12 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
-from triton_analog.launch import environment, store
+from triton_analog.launch import environment, plan, store
 from triton_analog.launch.devices import hardware
 from triton_analog.launch.fingerprint import is_stale
 from triton_analog.launch.space import Problem, Space, forced_config
 from triton_analog.launch.store import Entry, Key, Table
+from triton_analog.launch.tape import untaped
 
 Config = TypeVar("Config")
 Level = Literal["exact", "nearest", "same architecture", "formula"]
@@ -106,7 +107,8 @@ def _choose(space: Space[Config], problem: Problem, device: torch.device | None)
         return choice.config
     assert _first_use is not None
     measured = choice.level == "exact" and choice.entry is not None and choice.entry.origin == "measured"
-    return _first_use.settle(space, problem, device, choice.config, measured)
+    with untaped():
+        return _first_use.settle(space, problem, device, choice.config, measured)
 
 
 @cache
@@ -129,7 +131,8 @@ def choose(
 
 
 def forget() -> None:
-    """Read files and environment again at the next lookup."""
+    """Read files and environment again at the next lookup, and use what is found."""
+    plan.forget()
     tables.cache_clear()
     _choose.cache_clear()
     _autotune.cache_clear()

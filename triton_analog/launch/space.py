@@ -159,6 +159,11 @@ def forced(space: Space[Config], config: Config) -> Iterator[None]:
         _forced.update(previous)
 
 
+def is_forced() -> bool:
+    """Whether :func:`forced` asks for any configuration."""
+    return bool(_forced)
+
+
 def forced_config(space: Space[Config]) -> Config | None:
     """What :func:`forced` asks for, if it does."""
     return _forced.get(space.op) if _forced else None

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.matrix import AnalogMatrixLayer
-from triton_analog.patches import Patches
+from triton_analog.reference import Patches
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 

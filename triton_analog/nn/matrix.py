@@ -9,9 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from triton_analog import ops, reference
-from triton_analog.config import ConfigError, TorchInferenceRPUConfig, WeightClipType, WeightQuantizationType
-from triton_analog.functional import analog_linear, check_input, modified_weight
+import triton_analog.ops as ops
+import triton_analog.reference as reference
+from triton_analog.calls import Numbers, check_input, input_dtype, linear
+from triton_analog.config import (
+    ConfigError,
+    TorchInferenceRPUConfig,
+    WeightClipType,
+    WeightQuantizationType,
+    changes,
+)
+from triton_analog.functional import modified_weight
+from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -25,9 +34,8 @@ from triton_analog.nn.settings import (
     learns_clip,
     settings,
 )
-from triton_analog.nn.weight_noise import WeightNoise
-from triton_analog.patches import Patches
-from triton_analog.reference import num_slices, split_sizes
+from triton_analog.nn.weight_noise import TILE_SETTINGS, WeightNoise
+from triton_analog.reference import Patches, num_slices, split_sizes
 
 CHANGES_WITHOUT_CLIP = 100
 """So many changes of a weight, without the clip that its config asks for, are worth a warning."""
@@ -58,6 +66,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked"),
+            *("_of_modes", "_numbers_of"),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
@@ -77,6 +86,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     CHANNEL_DIM: ClassVar[int] = 0
     """The dimension of ``weight`` that counts outputs."""
     _checked: TorchInferenceRPUConfig | None
+    """A copy of the config when it was checked."""
+    _of_modes: tuple[Numbers, ...]
+    """The config as ``analog_linear`` takes it, in evaluation and in training."""
+    _numbers_of: tuple[TorchInferenceRPUConfig, int] | None
+    """The config that they are of, and how many changes of configs there had been."""
 
     _weight_version = 0
     _changes_without_clip = 0
@@ -148,7 +162,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             self.learnable_weight_clip = nn.Parameter(torch.empty(self.slices, self.tile_shape[0], **like))
             self.reset_weight_clip()
         self._fit_weight_noise(self.weight.device)
-        self._checked = None
+        self._checked = self._numbers_of = None
 
     # ---- Configuration ------------------------------------------------------------------------------------------------
 
@@ -195,6 +209,14 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def _check_state(self) -> None:
         """The config, changed by hand since it was last seen, fits the parameters there are. Compilers trace this."""
         S, N, ranges = self.slices, self.tile_shape[0], self.groups * self.slices
+        if not (
+            _has_shape(self.input_range, is_static(self.rpu_config), ranges)
+            and _has_shape(self.learnable_weight_clip, learns_clip(self.rpu_config), S, N)
+            and _has_shape(self.weight_noise_seed, keeps_noise(self.rpu_config), 1)
+        ):
+            self._complain_of_state(S, N, ranges)
+
+    def _complain_of_state(self, S: int, N: int, ranges: int) -> None:
         for path, parameter, shape in (
             ("pre_post.input_range", self.input_range, (ranges,) if is_static(self.rpu_config) else None),
             ("clip.type", self.learnable_weight_clip, (S, N) if learns_clip(self.rpu_config) else None),
@@ -207,51 +229,87 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
                     f"with {own or 'none'}; hand a changed copy of the config to layer.reconfigure, or build a new layer"
                 )
 
-    def _settings(self) -> dict[str, Any]:
-        """The config as keyword arguments of ``analog_linear``, checked again whenever it has changed."""
+    def _numbers(self) -> Numbers:
+        """The config as ``analog_linear`` takes it, checked again whenever it has changed."""
         if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
             self._check_state()
-            return {name: constant(value) for name, value in settings(self.rpu_config).items()}
-        if self.rpu_config != self._checked:
-            self.rpu_config.validate()
-            self._check_state()
-            self._checked = copy.deepcopy(self.rpu_config)
-        return settings(self.rpu_config)
+            known = settings(self.rpu_config)
+            values = constant(tuple(known.values()))
+            return Numbers(
+                **dict(zip(known, values, strict=True)),
+                training=self.training,
+                groups=self.groups,
+                patches=self.patches,
+            )
+        seen, now = self._numbers_of, changes()
+        if seen is None or seen[0] is not self.rpu_config or seen[1] != now:
+            if self.rpu_config != self._checked:
+                self.rpu_config.validate()
+                self._check_state()
+                self._checked = copy.deepcopy(self.rpu_config)
+                known = settings(self.rpu_config)
+                self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
+            self._numbers_of = self.rpu_config, now
+        numbers, patches = self._of_modes[self.training], self.patches
+        return numbers if patches is None else numbers._replace(patches=patches)
 
     # ---- Forward ------------------------------------------------------------------------------------------------------
 
-    def analog_matmul(self, x: Tensor) -> Tensor:
+    def analog_matmul(self, x: Tensor, one_forward: OneForward | None = None) -> Tensor:
         """``x [..., G * K]`` times the analog matrix, plus the bias: ``[..., N]``; with :attr:`patches` as
-        :func:`analog_linear` takes and gives them.
+        :func:`triton_analog.functional.analog_linear` takes and gives them.
 
         In training, a stored input range first learns from ``x`` while its start-up lasts (see :class:`RangeStartup`), and
-        weight noise may be that of other forwards (:class:`WeightNoise`). A refused call changes nothing.
+        weight noise may be that of other forwards (:class:`WeightNoise`). Calls with the same ``one_forward`` share their
+        weight (:class:`OneForward`). A refused call changes nothing.
         """
-        keywords = self._settings() | {"groups": self.groups, "patches": self.patches}
-        matrix = self.matrix
+        numbers, matrix, bias = self._numbers(), self.matrix, self.bias
         input_range: Tensor | None = self.input_range
-        starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(keywords)
+        seed = weight_seed = tile = wmax = None
+        starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(numbers)
         if starts_up or noise_lasts:
-            # analog_linear would refuse it only after the layer has changed.
-            check_input(x, matrix, self.groups, self.patches)
+            # The call would refuse it only after the layer has changed.
+            check_input(x, matrix, numbers.groups, numbers.patches)
         if starts_up:
             self._learn_range(x)
             assert input_range is not None
             # The next forward changes the range in place, and the backward of this one may still be to come.
             input_range = input_range.clone()
-        if noise_lasts:
-            keywords |= self._lasting_noise(x, matrix, keywords)
+        elif one_forward is not None:
+            input_range = one_forward.own("input_range", input_range)
+        if one_forward is not None:
+            bias = one_forward.own("bias", bias)
+            if one_forward.tile is None:
+                one_forward.tile = self._tile_of_all(one_forward, x, matrix, numbers)
+            tile, wmax = one_forward.tile
+            if numbers.training and numbers.out_noise > 0:
+                seed = one_forward.seed(x.device)
+        elif noise_lasts:
+            seed, weight_seed, tile, wmax = self._lasting_noise(x, matrix, numbers)
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
-        return analog_linear(
-            x,
-            matrix,
-            self.bias,
-            input_range=input_range,
-            weight_clip=self.learnable_weight_clip,
-            training=self.training,
-            **keywords,
-        )
+        return linear(x, matrix, bias, input_range, self.learnable_weight_clip, seed, weight_seed, tile, wmax, numbers)
+
+    def _tile_of_all(
+        self, one_forward: OneForward, x: Tensor, matrix: Tensor, numbers: Numbers
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The weight of the tiles and its scale for calls that share them; None where the stored weight will do."""
+        clip, dtype = self.learnable_weight_clip, input_dtype(x)
+        settings = {name: getattr(numbers, name) for name in TILE_SETTINGS}
+        disturbs = numbers.training and numbers.weight_noise != "none" and numbers.weight_noise_std > 0
+        seed = None
+        if self._noise_lasts(numbers):
+            _, seed, tile, wmax = self._lasting_noise(x, matrix, numbers)
+            if tile is not None:
+                return tile, wmax
+        elif disturbs:
+            seed = one_forward.seed(x.device)
+        else:
+            settings["weight_noise"] = "none"
+            is_modified = clip is not None or numbers.weight_quantization != "none" or dtype != matrix.dtype
+            if not (is_modified or numbers.out_noise > 0 or numbers.out_bound > 0):
+                return None, None
+        return modified_weight(matrix, weight_clip=clip, seed=seed, dtype=dtype, **settings)
 
     def _watch_for_the_clip(self) -> None:
         """Warn once if the weight goes on changing but is never clipped: then some other optimizer takes the steps.
@@ -451,6 +509,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def extra_repr(self) -> str:
         changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
         return ", ".join([*filter(None, [super().extra_repr()]), f"slices={self.get_split_sizes()}", *changes])
+
+
+def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:
+    """Whether it is there, in this shape, exactly if it is ``wanted``."""
+    return parameter is None if not wanted else parameter is not None and parameter.shape == shape
 
 
 def _stored_weight(module: nn.Module) -> Tensor:

@@ -53,7 +53,7 @@ def check_config(rpu_config: Any) -> TorchInferenceRPUConfig:
 
 
 def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:
-    """``config`` as keyword arguments of :func:`triton_analog.functional.analog_linear`."""
+    """``config`` as keyword arguments of :func:`triton_analog.functional.analog_linear`, in a training forward."""
     io, modifier, range_ = config.forward, config.modifier, config.pre_post.input_range
     return {
         "dynamic_input_range": range_.enable and range_.dynamic,

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from triton_analog.calls import Numbers, draw_seed, input_dtype
 from triton_analog.config import TorchInferenceRPUConfig
-from triton_analog.functional import draw_seed, input_dtype, modified_weight
+from triton_analog.functional import modified_weight
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.settings import keeps_noise
 
 TILE_SETTINGS = ("max_input_size", "weight_quantization", "weight_res", "weight_noise", "weight_noise_std", "groups")
-"""The keywords of ``analog_linear`` that make the tiles' weight."""
+"""The numbers that make the tiles' weight."""
 
 
 def redraw_seeds(seeds: Tensor) -> None:
@@ -145,16 +146,17 @@ class WeightNoise(AnalogLayerBase):
         others = ("bias", "input_range", "learnable_weight_clip")
         return [parameter for name, parameter in self.named_parameters() if name not in others]
 
-    def _noise_lasts(self, keywords: dict[str, Any]) -> bool:
-        """Whether this forward uses noise that other forwards share, with these ``keywords`` of ``analog_linear``."""
-        disturbs = keywords["weight_noise"] != "none" and keywords["weight_noise_std"] > 0
+    def _noise_lasts(self, numbers: Numbers) -> bool:
+        """Whether this forward uses noise that other forwards share."""
+        disturbs = numbers.weight_noise != "none" and numbers.weight_noise_std > 0
         return self.training and disturbs and self.weight_noise_seed is not None
 
-    def _lasting_noise(self, x: Tensor, matrix: Tensor, keywords: dict[str, Any]) -> dict[str, Any]:
-        """Further keywords for ``analog_linear``, with which it uses the noise of this step."""
+    def _lasting_noise(self, x: Tensor, matrix: Tensor, numbers: Numbers) -> tuple[Tensor | None, ...]:
+        """The seed of the forward, that of its weight noise, and the weight of the tiles with its scale: the noise of this
+        step, in one way or the other."""
         assert self.weight_noise_seed is not None
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return {"weight_seed": self.weight_noise_seed}
+            return None, self.weight_noise_seed, None, None
         # One seed for each forward, for its output noise and, if that is due, for the next noise of the weight. It is drawn in
         # any case: a recomputed forward (activation checkpointing) must draw as often as the first one did.
         seed = draw_seed(x.device)
@@ -167,12 +169,12 @@ class WeightNoise(AnalogLayerBase):
             kept.drop_tile()
             kept.drawn_for = _Snapshot(sources)
         if self._parameters.get("weight") is None or torch.is_inference_mode_enabled():
-            return {"seed": seed, "weight_seed": self.weight_noise_seed}
-        clip, settings = self.learnable_weight_clip, {name: keywords[name] for name in TILE_SETTINGS}
+            return seed, self.weight_noise_seed, None, None
+        clip, settings = self.learnable_weight_clip, {name: getattr(numbers, name) for name in TILE_SETTINGS}
         settings["dtype"] = input_dtype(x)
         tile = kept.tile(
             [*sources, self.weight_noise_seed, *([] if clip is None else [clip])],
             settings,
             lambda: modified_weight(matrix, weight_clip=clip, seed=self.weight_noise_seed, **settings),
         )
-        return {"seed": seed, "tile_weight": tile}
+        return seed, None, *tile

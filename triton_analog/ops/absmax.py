@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
-from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+import triton_analog.reference as reference
+from triton_analog.launch import aligned, block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, load_tile, slice_span
+from triton_analog.ops._operator import Operator
 
 MAX_PROGRAMS = 1024
 """Where their maxima are wanted too: enough to fill a GPU."""
@@ -124,14 +125,11 @@ def launch_absmax_and_maxima(x: Tensor, slices: int, config: AbsmaxConfig | None
     return _launch(x, slices, programs, maxima, config), maxima
 
 
-@torch.library.custom_op("triton_analog::absmax", mutates_args=())
-def _absmax(x: Tensor, slices: int) -> Tensor:
-    return launch_absmax(x, slices) if runs_kernel(x) else reference.absmax(x, slices)
-
-
-@_absmax.register_fake
-def _(x: Tensor, slices: int) -> Tensor:
+def _fake(x: Tensor, slices: int) -> Tensor:
     return x.new_empty(slices, x.shape[0], dtype=check.wide_dtype(x))
+
+
+_absmax = Operator("absmax", launch_absmax, reference.absmax, _fake)
 
 
 def absmax(x: Tensor, slices: int) -> Tensor:

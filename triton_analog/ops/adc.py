@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import OUTPUT_STREAM, cast, convert, normal_tile, pack_bits
-from triton_analog.launch import block, cdiv, launch, runs_kernel
+from triton_analog.launch import block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
+from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import saturated, store_bits
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
@@ -161,14 +163,11 @@ def each_passed(grad: Tensor, mask: Tensor | None, slices: int, *launches: Calla
         del passed  # before the next ones are made
 
 
-@torch.library.custom_op("triton_analog::adc_grad", mutates_args=())
-def _adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
-    return launch_adc_grad(grad, mask) if runs_kernel(grad) else reference.adc_grad(grad, mask)
-
-
-@_adc_grad.register_fake
-def _(grad, mask):
+def _fake_grad(grad: Tensor, mask: Tensor) -> Tensor:
     return grad.new_empty(mask.shape[0], *grad.shape)
+
+
+_adc_grad = Operator("adc_grad", launch_adc_grad, reference.adc_grad, _fake_grad)
 
 
 def adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
@@ -187,46 +186,33 @@ def adc_grad(grad: Tensor, mask: Tensor) -> Tensor:
     return _adc_grad(grad, mask)
 
 
-@torch.library.custom_op("triton_analog::adc", mutates_args=())
-def _adc(
-    y: Tensor,
-    input_range: Tensor,
-    out_noise: float,
-    noise_wmax: Tensor | None,
-    out_bound: float,
-    bound_wmax: Tensor | None,
-    out_res: float,
-    seed: Tensor | None,
-    plane: int,
-) -> tuple[Tensor, Tensor]:
-    if runs_kernel(y):
-        return launch_adc(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, plane)
-    return reference.adc(
-        y, input_range, out_noise=out_noise, noise_wmax=noise_wmax, out_bound=out_bound, bound_wmax=bound_wmax,
-        out_res=out_res, seed=seed, plane=plane,
-    )  # fmt: skip
-
-
-@_adc.register_fake
-def _(y, input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, plane):
+def _fake(y: Tensor, out_bound: float) -> tuple[Tensor, Tensor]:
     M, N = y.shape
     mask = y.new_empty(mask_shape(1, M, N if out_bound > 0 else 0)[1:], dtype=torch.int32)
     return torch.empty_like(y, memory_format=torch.contiguous_format), mask
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
-    ctx.bounded = inputs[4] > 0
+_adc = Operator("adc", launch_adc, reference.adc, _fake)
 
 
-def _backward(ctx, grad, _):
-    (mask,) = ctx.saved_tensors
-    if ctx.bounded:
-        grad = _adc_grad(grad, mask.unsqueeze(0)).squeeze(0)
-    return grad, None, None, None, None, None, None, None, None
+class _Adc(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, mask = _adc(*args)
+        ctx.save_for_backward(mask)
+        ctx.bounded = args[4] > 0
+        ctx.mark_non_differentiable(mask)
+        return out, mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        (mask,) = ctx.saved_tensors
+        if ctx.bounded:
+            grad = _adc_grad(grad, mask.unsqueeze(0)).squeeze(0)
+        return grad, *(None,) * 8
 
 
-_adc.register_autograd(_backward, setup_context=_setup_context)
+_adc.gradient = _Adc
 
 
 def adc(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import cast
 from triton_analog.launch import block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check

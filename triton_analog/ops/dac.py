@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import (
     DYNAMIC_RANGE,
     NO_RANGE,
@@ -24,10 +25,11 @@ from triton_analog.lang import (
     step_of,
     to_steps,
 )
-from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+from triton_analog.launch import aligned, block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
+from triton_analog.ops._operator import Operator
 from triton_analog.ops.input_range import _input_range_grad
 from triton_analog.reference.grid import half_steps
 
@@ -140,8 +142,7 @@ def launch_dac(
     return out
 
 
-@torch.library.custom_op("triton_analog::dac", mutates_args=())
-def _dac(
+def _launch(
     x: Tensor,
     input_range: Tensor,
     slices: int,
@@ -150,32 +151,34 @@ def _dac(
     input_min_percentage: float,
     fast_mode: bool,
 ) -> Tensor:
-    if runs_kernel(x):
-        return launch_dac(x, input_range, slices, inp_res)
-    return reference.dac(x, input_range, slices, inp_res)
+    """The last three are for the backward."""
+    return launch_dac(x, input_range, slices, inp_res)
 
 
-@_dac.register_fake
-def _(x, input_range, slices, inp_res, decay, input_min_percentage, fast_mode):
+def _fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output):
-    x, input_range, ctx.slices, _, ctx.decay, ctx.input_min_percentage, ctx.fast_mode = inputs
-    ctx.save_for_backward(x, input_range)
+_dac = Operator("dac", _launch, reference.dac, _fake)
 
 
-def _backward(ctx, grad):
-    x, input_range = ctx.saved_tensors
-    if input_range.ndim == 2:  # a dynamic range never clips
-        return grad, None, None, None, None, None, None
-    grad_x, grad_range = _input_range_grad(
-        grad, x, input_range, ctx.slices, ctx.decay, ctx.input_min_percentage, ctx.fast_mode
-    )
-    return grad_x, grad_range.to(input_range.dtype), None, None, None, None, None
+class _Dac(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, input_range: Tensor, slices: int, inp_res: float, *rule: Any) -> Tensor:
+        ctx.slices, ctx.rule = slices, rule
+        ctx.save_for_backward(x, input_range)
+        return _dac(x, input_range, slices, inp_res, *rule)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, input_range = ctx.saved_tensors
+        if input_range.ndim == 2:  # a dynamic range never clips
+            return grad, *(None,) * 6
+        grad_x, grad_range = _input_range_grad(grad, x, input_range, ctx.slices, *ctx.rule)
+        return grad_x, grad_range.to(input_range.dtype), *(None,) * 5
 
 
-_dac.register_autograd(_backward, setup_context=_setup_context)
+_dac.gradient = _Dac
 
 
 def dac(
@@ -268,17 +271,12 @@ def launch_dac_steps(
     return steps, clipped
 
 
-@torch.library.custom_op("triton_analog::dac_steps", mutates_args=())
-def _dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tuple[Tensor, Tensor]:
-    if runs_kernel(x):
-        return launch_dac_steps(x, input_range, slices, inp_res)
-    return reference.dac_steps(x, input_range, slices, inp_res)
-
-
-@_dac_steps.register_fake
-def _(x, input_range, slices, inp_res):
+def _fake_steps(x: Tensor, input_range: Tensor) -> tuple[Tensor, Tensor]:
     (M, K), static = x.shape, input_range.ndim == 1
     return x.new_empty(M, K, dtype=torch.int8), x.new_empty(2, M if static else 0, (K + 7) // 8, dtype=torch.uint8)
+
+
+_dac_steps = Operator("dac_steps", launch_dac_steps, reference.dac_steps, _fake_steps)
 
 
 def dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import cast, slice_bounds
-from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+from triton_analog.launch import aligned, block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, slice_span
+from triton_analog.ops._operator import Operator
 from triton_analog.ops.std import MAX_PROGRAMS, StdConfig, launch_parts, merged_moments, unbiased_std
 
 
@@ -146,7 +147,7 @@ def launch_input_range_grad(
     input_range: Tensor,
     slices: int,
     decay: float,
-    threshold: float,
+    input_min_percentage: float,
     fast_mode: bool,
     config: InputRangeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -161,30 +162,15 @@ def launch_input_range_grad(
         input_range_grad_kernel, grid, x.device, grad, x, input_range, dx, parts, M, K, slices,
         *grad.stride(), *x.stride(), FAST=fast_mode, ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip
-    return dx, launch_range_grad(parts, input_range, M, K, decay, threshold, fast_mode)
+    return dx, launch_range_grad(parts, input_range, M, K, decay, input_min_percentage, fast_mode)
 
 
-@torch.library.custom_op("triton_analog::input_range_grad", mutates_args=())
-def _input_range_grad(
-    grad: Tensor,
-    x: Tensor,
-    input_range: Tensor,
-    slices: int,
-    decay: float,
-    input_min_percentage: float,
-    fast_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    if runs_kernel(x):
-        return launch_input_range_grad(grad, x, input_range, slices, decay, input_min_percentage, fast_mode)
-    return reference.input_range_grad(
-        grad, x, input_range, slices, decay=decay, input_min_percentage=input_min_percentage, fast_mode=fast_mode
-    )
-
-
-@_input_range_grad.register_fake
-def _(grad, x, input_range, slices, decay, input_min_percentage, fast_mode):
+def _fake_grad(grad: Tensor, x: Tensor, slices: int) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(grad, memory_format=torch.contiguous_format)
     return dx, x.new_empty(slices, dtype=check.wide_dtype(x))
+
+
+_input_range_grad = Operator("input_range_grad", launch_input_range_grad, reference.input_range_grad, _fake_grad)
 
 
 def input_range_grad(
@@ -267,22 +253,14 @@ def launch_input_range_update(
     block_s = block(slices, 1024)
     launch(
         input_range_update_kernel, (cdiv(slices, block_s),), input_range.device, input_range, count, residual,
-        moments, slices, init_from_data, init_std_alpha, BLOCK_S=block_s,
+        moments.contiguous(), slices, init_from_data, init_std_alpha, BLOCK_S=block_s,
     )  # fmt: skip
 
 
-@torch.library.custom_op("triton_analog::input_range_update", mutates_args=("input_range", "count", "residual"))
-def _input_range_update(
-    input_range: Tensor, count: Tensor, residual: Tensor, moments: Tensor, init_from_data: int, init_std_alpha: float
-) -> None:
-    if recomputing():
-        return
-    if runs_kernel(input_range):
-        launch_input_range_update(input_range, count, residual, moments.contiguous(), init_from_data, init_std_alpha)
-    else:
-        reference.input_range_update(
-            input_range, count, residual, moments, init_from_data=init_from_data, init_std_alpha=init_std_alpha
-        )
+_input_range_update = Operator(
+    "input_range_update", launch_input_range_update, reference.input_range_update,
+    mutates=("input_range", "count", "residual"), unless=recomputing,
+)  # fmt: skip
 
 
 def _check_state(input_range: Tensor, count: Tensor, init_from_data: int, **others: Tensor) -> None:
@@ -371,24 +349,10 @@ def launch_input_range_learn(
     )  # fmt: skip
 
 
-@torch.library.custom_op("triton_analog::input_range_learn", mutates_args=("input_range", "count", "residual"))
-def _input_range_learn(
-    x: Tensor,
-    input_range: Tensor,
-    count: Tensor,
-    residual: Tensor | None,
-    slices: int,
-    init_from_data: int,
-    init_std_alpha: float,
-) -> None:
-    if recomputing():
-        return
-    if runs_kernel(x):
-        launch_input_range_learn(x, input_range, count, residual, slices, init_from_data, init_std_alpha)
-    else:
-        reference.input_range_learn(
-            x, input_range, count, residual, slices, init_from_data=init_from_data, init_std_alpha=init_std_alpha
-        )
+_input_range_learn = Operator(
+    "input_range_learn", launch_input_range_learn, reference.input_range_learn,
+    mutates=("input_range", "count", "residual"), unless=recomputing,
+)  # fmt: skip
 
 
 def input_range_learn(
@@ -526,14 +490,11 @@ def launch_extrema(x: Tensor, slices: int, config: ExtremaConfig | None = None) 
     return out
 
 
-@torch.library.custom_op("triton_analog::extrema", mutates_args=())
-def _extrema(x: Tensor, slices: int) -> Tensor:
-    return launch_extrema(x, slices) if runs_kernel(x) else reference.extrema(x, slices)
-
-
-@_extrema.register_fake
-def _(x: Tensor, slices: int) -> Tensor:
+def _fake_extrema(x: Tensor, slices: int) -> Tensor:
     return x.new_empty(2, slices, dtype=check.wide_dtype(x))
+
+
+_extrema = Operator("extrema", launch_extrema, reference.extrema, _fake_extrema)
 
 
 def extrema(x: Tensor, slices: int) -> Tensor:
@@ -549,10 +510,7 @@ def extrema(x: Tensor, slices: int) -> Tensor:
     return _extrema(x.detach(), slices)
 
 
-@torch.library.custom_op(
-    "triton_analog::input_range_update_fast", mutates_args=("input_range", "count", "x_min", "x_max")
-)
-def _input_range_update_fast(
+def launch_input_range_update_fast(
     input_range: Tensor,
     count: Tensor,
     x_min: Tensor,
@@ -561,12 +519,16 @@ def _input_range_update_fast(
     init_from_data: int,
     momentum: float,
 ) -> None:
-    if recomputing():
-        return
-    # A few numbers per slice: torch's own operations serve on every device.
+    """A few numbers per slice: torch's own operations serve on every device."""
     reference.input_range_update_fast(
         input_range, count, x_min, x_max, extrema, init_from_data=init_from_data, momentum=momentum
     )
+
+
+_input_range_update_fast = Operator(
+    "input_range_update_fast", launch_input_range_update_fast, reference.input_range_update_fast,
+    mutates=("input_range", "count", "x_min", "x_max"), unless=recomputing,
+)  # fmt: skip
 
 
 def input_range_update_fast(

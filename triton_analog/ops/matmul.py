@@ -12,13 +12,14 @@ next one's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import (
     DYNAMIC_RANGE,
     OUTPUT_STREAM,
@@ -40,12 +41,12 @@ from triton_analog.launch import (
     has_wide_tiles,
     input_precision,
     launch,
-    runs_kernel,
     slices_describable,
 )
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import Problem, Space, covers, large_enough, operands_fit
 from triton_analog.ops import _checks as check
+from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
 from triton_analog.ops.dac import SPACE as DAC_SPACE
 from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
@@ -434,80 +435,55 @@ def launch_matmul(
     return y, mask
 
 
-@torch.library.custom_op("triton_analog::matmul", mutates_args=())
-def _matmul(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    input_range: Tensor | None,
-    slices: int,
-    inp_res: float,
-    out_noise: float,
-    noise_wmax: Tensor | None,
-    out_bound: float,
-    bound_wmax: Tensor | None,
-    out_res: float,
-    seed: Tensor | None,
-    weight_wmax: Tensor | None,
-    weight_res: float,
-    needs_mask: bool,
-) -> tuple[Tensor, Tensor]:
-    if runs_kernel(x):
-        return launch_matmul(
-            x, weight, bias, input_range, slices, inp_res, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed,
-            weight_wmax, weight_res, needs_mask,
-        )  # fmt: skip
-    return reference.matmul(
-        x, weight, bias, input_range, slices, inp_res=inp_res, out_noise=out_noise, noise_wmax=noise_wmax,
-        out_bound=out_bound, bound_wmax=bound_wmax, out_res=out_res, seed=seed, weight_wmax=weight_wmax,
-        weight_res=weight_res, needs_mask=needs_mask,
-    )  # fmt: skip
-
-
-@_matmul.register_fake
-def _(
-    x, weight, bias, input_range, slices, inp_res, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed, weight_wmax,
-    weight_res, needs_mask,
-):  # fmt: skip
+def _fake(x: Tensor, weight: Tensor, slices: int, out_bound: float, needs_mask: bool) -> tuple[Tensor, Tensor]:
     M, N = x.shape[0], weight.shape[0]
     shape = mask_shape(slices if out_bound > 0 and needs_mask else 0, M, N)
     return x.new_empty(M, N), x.new_empty(shape, dtype=torch.int32)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, input_range, ctx.slices, ctx.inp_res, _, _, out_bound, *_, needs_mask = inputs
-    check.require(
-        needs_mask or out_bound <= 0,
-        lambda: "needs_mask: False, but a bound's backward needs the mask; leave it on or run under torch.no_grad()",
-    )
-    check.require(
-        weight.dtype != torch.int8, lambda: "weight: an int8 weight has no backward; run under torch.no_grad()"
-    )
-    ctx.save_for_backward(x, weight, input_range, output[1] if out_bound > 0 else None)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
+_matmul = Operator("matmul", launch_matmul, reference.matmul, _fake)
 
 
-def _backward(ctx, grad, _):
-    x, weight, input_range, mask = ctx.saved_tensors
-    dx = dw = dbias = dr = None
-    needs_x, needs_weight, needs_bias, needs_range = ctx.needs_input_grad[:4]
-    static = input_range if input_range is not None and input_range.ndim == 1 else None
-    dtype, bias_dtype = weight.dtype, ctx.bias_dtype if needs_bias else None
-    rule = 0.0, 1.0, False
-    if (needs_x or needs_range) and (needs_weight or needs_bias):
-        dx, dr, dw, dbias = _matmul_backward(
-            grad, weight, x, None, input_range, ctx.slices, mask, *rule, ctx.inp_res, dtype, bias_dtype
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        x, weight, bias, input_range, ctx.slices, ctx.inp_res, _, _, out_bound, *_, needs_mask = args
+        check.require(
+            needs_mask or out_bound <= 0,
+            lambda: (
+                "needs_mask: False, but a bound's backward needs the mask; leave it on or run under torch.no_grad()"
+            ),
         )
-    elif needs_x or needs_range:
-        dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, *rule, -1.0, False)
-    elif needs_weight or needs_bias:
-        dw, dbias = _matmul_wgrad(grad, x, input_range, ctx.slices, mask, ctx.inp_res, dtype, False, bias_dtype)
-    dr = dr if static is not None else None
-    return dx, dw, dbias if needs_bias else None, dr, *(None,) * 11
+        check.require(
+            weight.dtype != torch.int8, lambda: "weight: an int8 weight has no backward; run under torch.no_grad()"
+        )
+        y, mask = _matmul(*args)
+        ctx.save_for_backward(x, weight, input_range, mask if out_bound > 0 else None)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mask)
+        return y, mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        x, weight, input_range, mask = ctx.saved_tensors
+        dx = dw = dbias = dr = None
+        needs_x, needs_weight, needs_bias, needs_range = ctx.needs_input_grad[:4]
+        static = input_range if input_range is not None and input_range.ndim == 1 else None
+        dtype, bias_dtype = weight.dtype, ctx.bias_dtype if needs_bias else None
+        rule = 0.0, 1.0, False
+        if (needs_x or needs_range) and (needs_weight or needs_bias):
+            dx, dr, dw, dbias = _matmul_backward(
+                grad, weight, x, None, input_range, ctx.slices, mask, *rule, ctx.inp_res, dtype, bias_dtype
+            )
+        elif needs_x or needs_range:
+            dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, *rule, -1.0, False)
+        elif needs_weight or needs_bias:
+            dw, dbias = _matmul_wgrad(grad, x, input_range, ctx.slices, mask, ctx.inp_res, dtype, False, bias_dtype)
+        dr = dr if static is not None else None
+        return dx, dw, dbias if needs_bias else None, dr, *(None,) * 11
 
 
-_matmul.register_autograd(_backward, setup_context=_setup_context)
+_matmul.gradient = _Matmul
 
 
 def matmul(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_analog import reference
-from triton_analog.launch import runs_kernel
+import triton_analog.reference as reference
 from triton_analog.ops import _checks as check
+from triton_analog.ops._operator import Operator
 from triton_analog.ops.adc import each_passed
 from triton_analog.ops.matmul_dgrad import MatmulDgrad
 from triton_analog.ops.matmul_wgrad import MatmulWgrad
@@ -47,42 +47,24 @@ def launch_matmul_backward(
     return dgrad.dx, dgrad.range_grad(), wgrad.dw, wgrad.dbias
 
 
-@torch.library.custom_op("triton_analog::matmul_backward", mutates_args=())
-def _matmul_backward(
+def _fake(
     grad: Tensor,
     weight: Tensor,
     x: Tensor,
-    clipped: Tensor | None,
     input_range: Tensor | None,
-    slices: int,
-    mask: Tensor | None,
-    decay: float,
-    input_min_percentage: float,
-    fast_mode: bool,
-    inp_res: float,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if runs_kernel(grad) and x.numel() > 0:
-        return launch_matmul_backward(
-            grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, dtype,
-            bias_dtype,
-        )  # fmt: skip
-    return reference.matmul_backward(
-        grad, weight, x, input_range, slices, mask, clipped=clipped, decay=decay,
-        input_min_percentage=input_min_percentage, fast_mode=fast_mode, inp_res=inp_res, dtype=dtype, bias_dtype=bias_dtype,
-    )  # fmt: skip
-
-
-@_matmul_backward.register_fake
-def _(
-    grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, dtype, bias_dtype
-):  # fmt: skip
     (M, K), N = x.shape, weight.shape[0]
-    static = input_range is not None and input_range.ndim == 1
-    dr = torch.empty_like(input_range) if static else grad.new_empty(0, dtype=check.wide_dtype(grad))
+    if input_range is not None and input_range.ndim == 1:
+        dr = torch.empty_like(input_range)
+    else:
+        dr = grad.new_empty(0, dtype=check.wide_dtype(grad))
     dbias = grad.new_empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype)
     return grad.new_empty(M, K), dr, grad.new_empty(N, K, dtype=dtype), dbias
+
+
+_matmul_backward = Operator("matmul_backward", launch_matmul_backward, reference.matmul_backward, _fake)
 
 
 def matmul_backward(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import cast, dot, slice_bounds, to_steps
 from triton_analog.launch import (
     aligned,
@@ -22,12 +22,12 @@ from triton_analog.launch import (
     has_wide_tiles,
     input_precision,
     launch,
-    runs_kernel,
     slices_describable,
 )
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import Problem, Space, covers, large_enough, operands_fit
 from triton_analog.ops import _checks as check
+from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_plane, load_tile
 from triton_analog.ops.adc import each_passed
 from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
@@ -251,49 +251,13 @@ def launch_matmul_dgrad(
     return dgrad.dx, dgrad.range_grad(), dgrad.steps
 
 
-@torch.library.custom_op("triton_analog::matmul_dgrad", mutates_args=())
-def _matmul_dgrad(
-    grad: Tensor,
-    weight: Tensor,
-    x: Tensor,
-    clipped: Tensor | None,
-    input_range: Tensor | None,
-    slices: int,
-    mask: Tensor | None,
-    decay: float,
-    input_min_percentage: float,
-    fast_mode: bool,
-    inp_res: float,
-    needs_steps: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if runs_kernel(grad) and x.numel() > 0:
-        return launch_matmul_dgrad(
-            grad,
-            weight,
-            x,
-            clipped,
-            input_range,
-            slices,
-            mask,
-            decay,
-            input_min_percentage,
-            fast_mode,
-            inp_res,
-            needs_steps,
-        )
-    return reference.matmul_dgrad(
-        grad, weight, x, input_range, slices, mask, clipped=clipped, decay=decay,
-        input_min_percentage=input_min_percentage, fast_mode=fast_mode, inp_res=inp_res, needs_steps=needs_steps,
-    )  # fmt: skip
-
-
-@_matmul_dgrad.register_fake
-def _(
-    grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, needs_steps
-):  # fmt: skip
+def _fake(grad: Tensor, x: Tensor, input_range: Tensor | None, needs_steps: bool) -> tuple[Tensor, Tensor, Tensor]:
     M, K = x.shape
     dr = torch.empty_like(input_range) if input_range is not None else grad.new_empty(0, dtype=check.wide_dtype(grad))
     return grad.new_empty(M, K), dr, grad.new_empty(M if needs_steps else 0, K)
+
+
+_matmul_dgrad = Operator("matmul_dgrad", launch_matmul_dgrad, reference.matmul_dgrad, _fake)
 
 
 def matmul_dgrad(

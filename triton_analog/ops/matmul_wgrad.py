@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import cast, dot, slice_bounds, step_of
 from triton_analog.launch import (
     aligned,
@@ -23,12 +23,12 @@ from triton_analog.launch import (
     has_wide_tiles,
     input_precision,
     launch,
-    runs_kernel,
     slices_describable,
 )
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import Problem, Space, covers, large_enough, operands_fit
 from triton_analog.ops import _checks as check
+from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import descriptor, grouped, load_plane, load_tile
 from triton_analog.ops.adc import each_passed
 from triton_analog.ops.dac import launch_dac
@@ -209,29 +209,12 @@ def launch_matmul_wgrad(
     return wgrad.dw, wgrad.dbias
 
 
-@torch.library.custom_op("triton_analog::matmul_wgrad", mutates_args=())
-def _matmul_wgrad(
-    grad: Tensor,
-    x: Tensor,
-    input_range: Tensor | None,
-    slices: int,
-    mask: Tensor | None,
-    inp_res: float,
-    dtype: torch.dtype,
-    converted: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    if runs_kernel(grad) and x.numel() > 0:
-        return launch_matmul_wgrad(grad, x, input_range, slices, mask, inp_res, dtype, converted, bias_dtype)
-    return reference.matmul_wgrad(
-        grad, x, input_range, slices, mask, inp_res=inp_res, dtype=dtype, converted=converted, bias_dtype=bias_dtype
-    )
-
-
-@_matmul_wgrad.register_fake
-def _(grad, x, input_range, slices, mask, inp_res, dtype, converted, bias_dtype):
+def _fake(grad: Tensor, x: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     dw = grad.new_empty(grad.shape[1], x.shape[1], dtype=dtype)
     return dw, grad.new_empty(0 if bias_dtype is None else grad.shape[1], dtype=bias_dtype or dtype)
+
+
+_matmul_wgrad = Operator("matmul_wgrad", launch_matmul_wgrad, reference.matmul_wgrad, _fake)
 
 
 def matmul_wgrad(

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import normal_tile
-from triton_analog.launch import block, cdiv, launch, runs_kernel
+from triton_analog.launch import block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
+from triton_analog.ops._operator import Operator
 from triton_analog.reference.noise import USER_STREAM
 
 
@@ -53,7 +54,7 @@ def noise_kernel(
 
 
 def launch_noise(
-    seed: Tensor, rows: int, cols: int, *, stream: int, plane: int, config: NoiseConfig | None = None
+    seed: Tensor, rows: int, cols: int, stream: int, plane: int, config: NoiseConfig | None = None
 ) -> Tensor:
     config = config or choose(SPACE, seed.device, torch.float32, (rows, cols))
     out = torch.empty(rows, cols, dtype=torch.float32, device=seed.device)
@@ -62,16 +63,11 @@ def launch_noise(
     return out
 
 
-@torch.library.custom_op("triton_analog::noise", mutates_args=())
-def _noise(seed: Tensor, rows: int, cols: int, stream: int, plane: int) -> Tensor:
-    if rows * cols > 0 and runs_kernel(seed):
-        return launch_noise(seed, rows, cols, stream=stream, plane=plane)
-    return reference.noise(seed, rows, cols, stream=stream, plane=plane)
-
-
-@_noise.register_fake
-def _(seed: Tensor, rows: int, cols: int, stream: int, plane: int) -> Tensor:
+def _fake(seed: Tensor, rows: int, cols: int) -> Tensor:
     return seed.new_empty(rows, cols, dtype=torch.float32)
+
+
+_noise = Operator("noise", launch_noise, reference.noise, _fake)
 
 
 def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plane: int = 0) -> Tensor:

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
-from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+import triton_analog.reference as reference
+from triton_analog.launch import aligned, block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, slice_span
+from triton_analog.ops._operator import Operator
 
 MAX_PROGRAMS = 1024
 """Enough to fill a GPU twice over. More would cost time where all they find is that their slice need not be read."""
@@ -241,14 +242,11 @@ def launch_std(x: Tensor, slices: int, config: StdConfig | None = None) -> Tenso
     return _merge_parts(launch_parts(x, slices, None, config=config), out, std=True)
 
 
-@torch.library.custom_op("triton_analog::moments", mutates_args=())
-def _moments(x: Tensor, slices: int, active: Tensor | None) -> Tensor:
-    return launch_moments(x, slices, active) if runs_kernel(x) else reference.moments(x, slices, active)
-
-
-@_moments.register_fake
-def _(x: Tensor, slices: int, active: Tensor | None) -> Tensor:
+def _fake_moments(x: Tensor, slices: int) -> Tensor:
     return x.new_empty(slices, 3, dtype=check.wide_dtype(x))
+
+
+_moments = Operator("moments", launch_moments, reference.moments, _fake_moments)
 
 
 def _check_sample(x: Tensor, slices: int) -> None:
@@ -281,14 +279,11 @@ def moments(x: Tensor, slices: int, active: Tensor | None = None) -> Tensor:
     return _moments(x.detach(), slices, active)
 
 
-@torch.library.custom_op("triton_analog::std", mutates_args=())
-def _std(x: Tensor, slices: int) -> Tensor:
-    return launch_std(x, slices) if runs_kernel(x) else reference.std(x, slices)
-
-
-@_std.register_fake
-def _(x: Tensor, slices: int) -> Tensor:
+def _fake_std(x: Tensor, slices: int) -> Tensor:
     return x.new_empty(slices, dtype=check.wide_dtype(x))
+
+
+_std = Operator("std", launch_std, reference.std, _fake_std)
 
 
 def std(x: Tensor, slices: int) -> Tensor:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_analog import reference
+import triton_analog.reference as reference
 from triton_analog.lang import (
     WEIGHT_STREAM,
     clamp,
@@ -22,11 +23,12 @@ from triton_analog.lang import (
     steps_per_unit,
     to_steps,
 )
-from triton_analog.launch import aligned, block, cdiv, launch, runs_kernel
+from triton_analog.launch import aligned, block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, load_tile, slice_span, store_tile
+from triton_analog.ops._operator import Operator
 from triton_analog.ops.absmax import (
     absmax_of_rows,
     largest_magnitude,
@@ -194,49 +196,35 @@ def launch_weight(
     return out, wmax
 
 
-@torch.library.custom_op("triton_analog::weight", mutates_args=())
-def _weight(
-    weight: Tensor,
-    slices: int,
-    clip: Tensor | None,
-    quantization: str,
-    res: float,
-    noise_type: str,
-    std_dev: float,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    if runs_kernel(weight):
-        return launch_weight(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype)
-    return reference.weight(
-        weight, slices, clip=clip, quantization=quantization, res=res, noise_type=noise_type, std_dev=std_dev, seed=seed,
-        dtype=dtype,
-    )  # fmt: skip
-
-
-@_weight.register_fake
-def _(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype):
+def _fake(weight: Tensor, slices: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     return out, weight.new_empty(slices, weight.shape[0], dtype=check.wide_dtype(weight))
 
 
-def _setup_context(ctx, inputs, output):
-    weight, ctx.slices, clip, ctx.quantization, ctx.res, *_ = inputs
-    ctx.dtype = weight.dtype
-    ctx.save_for_backward(*((weight, clip) if clip is not None else ()))
-    ctx.mark_non_differentiable(output[1])
+_weight = Operator("weight", launch_weight, reference.weight, _fake)
 
 
-def _backward(ctx, grad, _):
-    grad_clip = None
-    if ctx.saved_tensors:
-        weight, clip = ctx.saved_tensors
-        grad, grad_clip = _weight_grad(grad, weight, clip, ctx.slices, ctx.quantization, ctx.res)
-        grad_clip = grad_clip.to(clip.dtype)
-    return grad.to(ctx.dtype), None, grad_clip, None, None, None, None, None, None
+class _Weight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        weight, ctx.slices, clip, ctx.quantization, ctx.res, *_ = args
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(*((weight, clip) if clip is not None else ()))
+        out, wmax = _weight(*args)
+        ctx.mark_non_differentiable(wmax, *(() if out.is_floating_point() else (out,)))
+        return out, wmax
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        grad_clip = None
+        if ctx.saved_tensors:
+            weight, clip = ctx.saved_tensors
+            grad, grad_clip = _weight_grad(grad, weight, clip, ctx.slices, ctx.quantization, ctx.res)
+            grad_clip = grad_clip.to(clip.dtype)
+        return grad.to(ctx.dtype), None, grad_clip, *(None,) * 6
 
 
-_weight.register_autograd(_backward, setup_context=_setup_context)
+_weight.gradient = _Weight
 
 
 def _check_dtype(dtype: torch.dtype, quantization: str, res: float, noise_type: str) -> None:
@@ -354,19 +342,12 @@ def launch_weight_grad(
     return dw, dclip
 
 
-@torch.library.custom_op("triton_analog::weight_grad", mutates_args=())
-def _weight_grad(
-    grad: Tensor, weight: Tensor, clip: Tensor, slices: int, quantization: str, res: float
-) -> tuple[Tensor, Tensor]:
-    if runs_kernel(weight):
-        return launch_weight_grad(grad, weight, clip, slices, quantization, res)
-    return reference.weight_grad(grad, weight, clip, slices, quantization=quantization, res=res)
-
-
-@_weight_grad.register_fake
-def _(grad, weight, clip, slices, quantization, res):
+def _fake_grad(grad: Tensor, weight: Tensor, slices: int) -> tuple[Tensor, Tensor]:
     dw = torch.empty_like(grad, memory_format=torch.contiguous_format)
     return dw, weight.new_empty(slices, weight.shape[0], dtype=check.wide_dtype(weight))
+
+
+_weight_grad = Operator("weight_grad", launch_weight_grad, reference.weight_grad, _fake_grad)
 
 
 def weight_grad(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_analog import ops
+import triton_analog.ops as ops
 from triton_analog.launch.space import Problem, Space
 from triton_analog.reference.adc import mask_shape
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from triton_analog import launch
+import triton_analog.launch as launch
 from triton_analog.launch import Hardware
 from triton_analog.launch.space import Config, Problem, Space, forced
 from triton_analog.tuning.cases import Call, call_of

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from triton_analog import launch
+import triton_analog.launch as launch
 from triton_analog.launch.lookup import FirstUse
 from triton_analog.launch.space import Problem, Space
 

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
-from triton_analog import launch
+import triton_analog.launch as launch
 from triton_analog.launch.occupancy import MULTIPROCESSORS, occupancy
 from triton_analog.tuning.disassembly import (
     Listing,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_analog.ops import _checks as check
+from .grid import wide
 
 
 class Patches(NamedTuple):
@@ -24,6 +24,21 @@ class Patches(NamedTuple):
     padding: tuple[int, ...]
     """Zeros before and after each dimension, the last dimension first: as :func:`torch.nn.functional.pad` takes them."""
 
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Patches:
+        """The patches that have these :meth:`numbers`."""
+        n = len(numbers) // 5
+        parts = numbers[:n], numbers[n : 2 * n], numbers[2 * n : 3 * n], numbers[3 * n :]
+        return cls(*map(tuple, parts))
+
+    def numbers(self) -> tuple[int, ...]:
+        """All fields in one, as an operator takes them."""
+        return *self.kernel_size, *self.stride, *self.dilation, *self.padding
+
+    def rows(self, shape: Sequence[int]) -> int:
+        """Patches of an input of ``shape [B, C, *size]``."""
+        return shape[0] * prod(self.places(shape))
+
     def check(self, x: Tensor, columns: int) -> None:
         """``x`` has patches of ``columns`` elements.
 
@@ -33,24 +48,18 @@ class Patches(NamedTuple):
         """
         n, size = len(self.kernel_size), prod(self.kernel_size)
         channels = columns // size
-        check.require(
-            columns % size == 0,
-            lambda: (
+        if columns % size != 0:
+            raise ValueError(
                 f"patches: a kernel of {self.kernel_size} has {size} elements per channel, which {columns} inputs of the "
                 "weight, over all groups, are no multiple of; use the kernel that the weight is for"
-            ),
-        )
-        check.require(
-            x.ndim == n + 2 and x.shape[1] == channels,
-            lambda: f"x: got shape {check.shape_of(x)}; [B, {channels}, ...] with {n} more dimensions is needed",
-        )
-        check.require(
-            all(places > 0 for places in self.places(x.shape)),
-            lambda: (
-                f"x: got shape {check.shape_of(x)}, which is smaller than a kernel of {self.kernel_size} with dilation "
+            )
+        if x.ndim != n + 2 or x.shape[1] != channels:
+            raise ValueError(f"x: got shape {tuple(x.shape)}; [B, {channels}, ...] with {n} more dimensions is needed")
+        if not all(places > 0 for places in self.places(x.shape)):
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, which is smaller than a kernel of {self.kernel_size} with dilation "
                 f"{self.dilation}, padding included; use a larger input, more padding or a smaller kernel"
-            ),
-        )
+            )
 
     def places(self, shape: Sequence[int]) -> list[int]:
         """How often the kernel fits along each dimension of an input of ``shape [B, C, *size]``: the output's size."""
@@ -87,7 +96,7 @@ class Patches(NamedTuple):
                 total = total.squeeze(-1)
                 continue
             padded = [*total.shape[: 1 + dim], before + sizes[dim] + after, *total.shape[2 + dim : -1]]
-            added = total.new_zeros(padded, dtype=check.wide_dtype(total))
+            added = total.new_zeros(padded, dtype=wide(total[:0]).dtype)
             for offset, part in enumerate(total.unbind(-1)):
                 first = offset * dilation
                 under = slice(first, first + (places[dim] - 1) * stride + 1, stride)

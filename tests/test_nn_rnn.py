@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from triton_analog import AnalogOptimizer, convert_to_analog, convert_to_digital, reference
 from triton_analog.config import (
@@ -22,6 +23,10 @@ from triton_analog.config import (
     WeightNoiseRefresh,
     WeightQuantizationType,
 )
+from triton_analog.functional import modified_weight
+from triton_analog.nn import matrix as matrix_layer
+from triton_analog.nn import rnn_cells
+from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.rnn_cells import (
     AnalogGRUCell,
@@ -177,12 +182,12 @@ def test_dropout_acts_between_layers_in_training_only() -> None:
         AnalogRNN(AnalogGRUCell, IN, H, dropout=0.5, rpu_config=ideal())
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", "projected", "GRU"])
 def test_the_kernels_compute_the_same(kind: str, backend: str, device: torch.device) -> None:
     layer = digital(kind, dtype=torch.float32).to(device)
-    x = torch.randn(2, 2, IN).to(device)
+    x = torch.randn(2, 2, IN).to(device).requires_grad_()
     with torch.backends.cudnn.flags(allow_tf32=False):
-        torch.testing.assert_close(analog(copy.deepcopy(layer))(x), layer(x))
+        assert_same(layer, analog(copy.deepcopy(layer), kind), x)
 
 
 @all_cells
@@ -296,28 +301,134 @@ def test_wrong_arguments_are_named(options: dict[str, Any], error: Any, message:
 # ---- Noise and ranges -------------------------------------------------------------------------------------------------------
 
 
-def steps_without_a_past(refresh: WeightNoiseRefresh, product: str) -> Tensor:
+def steps_without_a_past(layer: AnalogRNN, product: str) -> Tensor:
     """Outputs for equal inputs at all steps, where no step knows the last one except through a noisy ``product``."""
-    layer = AnalogRNN(AnalogVanillaRNNCell, IN, H, rpu_config=noisy(refresh))
-    for name, other in layer.cells["l0"].named_children():
+    cell, h = layer.cells["l0"], torch.ones(1, H)
+    for name, other in cell.named_children():
         if name != product:
             other.reconfigure(ideal())
             other.weight.data.zero_()
-    cell, h = layer.cells["l0"], torch.ones(1, H)
     projected = cell.project_input(torch.ones(T, IN)).split(1)
-    return torch.cat([cell.step(part, (h,))[0] for part in projected]).detach()
+    shared = {name: OneForward(T) for name, _ in cell.named_children()}
+    return torch.cat([cell.step(part, (h,), shared)[0] for part in projected]).detach()
 
 
-def test_weight_noise_is_drawn_once_a_call_for_inputs_and_once_a_step_for_hidden_states() -> None:
-    once = steps_without_a_past(WeightNoiseRefresh.FORWARD, "weight_ih")
-    torch.testing.assert_close(once, once[:1].expand_as(once))
-    anew = steps_without_a_past(WeightNoiseRefresh.FORWARD, "weight_hh")
-    assert len(anew.unique(dim=0)) == T
+@pytest.mark.parametrize("product", ["weight_ih", "weight_hh"])
+@pytest.mark.parametrize("refresh", WeightNoiseRefresh)
+def test_weight_noise_lasts_for_a_sequence_or_for_a_step_of_the_optimizer(refresh: Any, product: str) -> None:
+    layer = AnalogRNN(AnalogVanillaRNNCell, IN, H, rpu_config=noisy(refresh))
+    first, second = (steps_without_a_past(layer, product) for _ in range(2))
+    torch.testing.assert_close(first, first[:1].expand_as(first))
+    torch.testing.assert_close(second, second[:1].expand_as(second))
+    assert torch.allclose(first, second) == (refresh is WeightNoiseRefresh.STEP)
 
 
-def test_noise_that_lasts_for_an_optimizer_step_lasts_through_the_sequence() -> None:
-    kept = steps_without_a_past(WeightNoiseRefresh.STEP, "weight_hh")
-    torch.testing.assert_close(kept, kept[:1].expand_as(kept))
+def test_output_noise_is_new_in_every_step() -> None:
+    config = ranged()
+    config.forward.out_noise = 0.1
+    config.pre_post.input_range.init_from_data = 0
+    layer = AnalogRNN(AnalogVanillaRNNCell, IN, H, rpu_config=config)
+    assert len(steps_without_a_past(layer, "weight_hh").unique(dim=0)) == T
+
+
+@all_cells
+def test_a_cell_on_its_own_draws_noise_in_every_call(cell: Any) -> None:
+    layer = AnalogRNN(cell, IN, H, rpu_config=noisy())
+    x, (state,) = torch.randn(B, IN), layer.get_zero_state(B)
+    assert not torch.equal(layer.cells["l0"](x, state)[0], layer.cells["l0"](x, state)[0])
+
+
+@all_kinds
+def test_a_sequence_computes_what_its_steps_do(kind: str) -> None:
+    config = everything()
+    config.modifier.noise_type = WeightNoiseInjectionType.NONE
+    config.forward.out_noise = 0.0
+    config.forward.out_res = -1  # sums of steps of a grid may be ties, which rounding errors then decide
+    config.pre_post.input_range.decay = 0.0  # which looks at all rows of a product
+    config.pre_post.input_range.init_from_data, config.pre_post.input_range.init_value = 0, 1.0
+    layer, x = analog(digital(kind), kind, config), torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    layer.lists_states = True
+    (state,), outputs = layer.get_zero_state(B), []
+    for part in x:
+        output, state = layer.cells["l0"](part, state)
+        outputs.append(output)
+    leaves, weights = [x, *layer.parameters()], torch.randn(T, B, outputs[0].shape[1], dtype=torch.float64)
+    results = [(y, torch.autograd.grad((y * weights).sum(), leaves)) for y in (torch.stack(outputs), layer(x)[0])]
+    torch.testing.assert_close(*results)
+
+
+@all_kinds
+def test_gradients_are_those_of_the_noisy_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = digital(kind)
+    ours = analog(copy.deepcopy(theirs), kind, noisy())
+    cell, made = ours.cells["l0"], []
+    if "combined" not in kind:
+        cell.weight_ih.reconfigure(ideal())
+
+    def made_once(*args: Any, **options: Any) -> Any:
+        made.append(modified_weight(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(matrix_layer, "modified_weight", made_once)
+    x, hx = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True), initial_states(theirs)
+    leaves = [x, *tensors(hx)]
+    y = ours(x, hx)[0]
+    tiles = {} if "combined" in kind else {"weight_ih": cell.weight_ih.weight}
+    names = [name for name, _ in cell.named_children() if name != "weight_ih"]
+    tiles |= {name: tile for name, (tile, _) in zip(names, made, strict=True)}
+    if "combined" in kind:
+        tiles["weight_ih"], tiles["weight_hh"] = tiles.pop("weight").split((IN, y.shape[2]), dim=1)
+    with torch.no_grad():
+        for name, tile in tiles.items():
+            assert name == "weight_ih" or not torch.equal(theirs.get_parameter(f"{name}_l0"), tile)
+            theirs.get_parameter(f"{name}_l0").copy_(tile)
+    expected = theirs(x, hx)[0]
+    torch.testing.assert_close(y, expected)
+    grads = torch.autograd.grad(y.square().sum(), [*leaves, *(product.weight for product in cell.children())])
+    parameters = [theirs.get_parameter(f"{name}_l0") for name in ("weight_ih", "weight_hh")]
+    if "projected" in kind:
+        parameters.append(theirs.weight_hr_l0)
+    right = list(torch.autograd.grad(expected.square().sum(), [*leaves, *parameters]))
+    if "combined" in kind:
+        ih = len(leaves)
+        right[ih : ih + 2] = [torch.cat(right[ih : ih + 2], dim=1)]
+    by_shape = sorted(grads, key=lambda grad: str(grad.shape)), sorted(right, key=lambda grad: str(grad.shape))
+    for grad, other in zip(*by_shape, strict=True):
+        torch.testing.assert_close(grad, other)
+    assert len(made) == len(names), "not once more in the backward"
+
+
+def test_the_same_seed_gives_the_same_noise_and_so_does_recomputing() -> None:
+    config = everything()
+    config.pre_post.input_range.init_from_data = 0
+    layer, x = AnalogRNN(AnalogLSTMCell, IN, H, bidir=True, rpu_config=config), torch.randn(T, B, IN)
+    results = []
+    for recompute in (False, False, True):
+        torch.manual_seed(1)
+        y = checkpoint(lambda: layer(x)[0], use_reentrant=False) if recompute else layer(x)[0]
+        results.append((y, torch.autograd.grad(y.square().sum(), list(layer.parameters()))))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
+    assert not torch.allclose(layer(x)[0], results[0][0])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "projected", "GRU"])
+def test_gates_meet_torchs_kernels_in_their_order(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lstm(gates_x: Tensor, gates_h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        i, f, g, o = (gates_x + gates_h).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c, gates_x
+
+    def gru(gates_x: Tensor, gates_h: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        (rx, zx, nx), (rh, zh, nh) = gates_x.chunk(3, 1), gates_h.chunk(3, 1)
+        n = (nx + (rx + rh).sigmoid() * nh).tanh()
+        return n + (zx + zh).sigmoid() * (h - n), gates_x
+
+    monkeypatch.setattr(rnn_cells, "is_fused", lambda *_: True)
+    monkeypatch.setattr(rnn_cells, "fused_lstm", lstm)
+    monkeypatch.setattr(rnn_cells, "fused_gru", gru)
+    layer, x = digital(kind), torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    assert_same(layer, analog(layer, kind), x, initial_states(layer))
 
 
 def test_noise_is_for_training() -> None:
@@ -607,3 +718,13 @@ def test_missing_and_unknown_names_are_errors() -> None:
         layer.load_state_dict(nn.GRU(IN, H).state_dict())
     with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_ih_l1"):
         layer.load_state_dict(nn.GRU(IN, H, num_layers=2).state_dict())
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_empty_batch_gives_an_empty_sequence(batch_first):
+    digital = nn.LSTM(5, 6, batch_first=batch_first)
+    analog = convert_to_analog(digital, TorchInferenceRPUConfig())
+    x = torch.randn(0, 3, 5) if batch_first else torch.randn(3, 0, 5)
+    (ours, states), (theirs, _) = analog(x), digital(x)
+    assert ours.shape == theirs.shape
+    assert [state.shape for state in states] == [(1, 0, 6), (1, 0, 6)]

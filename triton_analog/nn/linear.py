@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.one_forward import OneForward
 
 
 class AnalogLinear(AnalogMatrixLayer, nn.Linear):
@@ -43,9 +44,9 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.init_analog(rpu_config)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``input [..., K]`` to ``[..., N]``."""
-        return self.analog_matmul(input)
+    def forward(self, input: Tensor, one_forward: OneForward | None = None) -> Tensor:
+        """``input [..., K]`` to ``[..., N]``; calls with the same ``one_forward`` are one forward with one weight."""
+        return self.analog_matmul(input, one_forward)
 
     @classmethod
     def from_digital(cls, module: nn.Linear, rpu_config: TorchInferenceRPUConfig) -> Self:

@@ -30,14 +30,19 @@ class AnalogRNN(AnalogContainerBase):
     Every matrix is an ``AnalogLinear`` of its own, ``rnn.cells["l0_reverse"].weight_hh`` for example, named as torch names
     layers. Their forwards decide what noise and statistics see:
 
-    - The input projection ``weight_ih`` is one product for all time steps of a sequence: its weight noise is drawn once per
-      call, and the start-up of its input range counts a call as one batch, of ``T * B`` rows.
+    - A sequence is one forward: the weight of each matrix is clipped, quantized and disturbed once per call, and all time
+      steps meet the same one, in the backward too. Output noise is new in each step.
+    - The input projection ``weight_ih`` is one product for all time steps: the start-up of its input range counts a call as
+      one batch, of ``T * B`` rows.
     - The hidden projection ``weight_hh`` (with ``proj_size`` also ``weight_hr``, and the one matrix of the combined cell) is a
-      product per time step: weight noise is drawn anew in each step and each step counts as a batch, as in AIHWKIT-Lightning.
-      Hidden states that are all zero, as the first of a sequence mostly is, teach a range nothing.
+      product per time step, and each step counts as a batch. Hidden states that are all zero, as the first of a sequence
+      mostly is, teach a range nothing.
 
-    ``modifier.refresh = WeightNoiseRefresh.STEP`` keeps the noise of all of them through the sequence. Rows that a packed
-    sequence does not have are neither computed nor counted.
+    A cell called on its own is a forward of its own. ``modifier.refresh = WeightNoiseRefresh.STEP`` keeps the weight noise
+    from call to call. Rows that a packed sequence does not have are neither computed nor counted.
+
+    Where the weight that the steps share differs from the stored one it takes memory from the forward of the sequence to the
+    end of its backward: one more weight for each matrix but ``weight_ih``, in the dtype of the inputs.
 
     ``torch.compile`` makes one graph of a call, with the loop over its ``T`` steps unrolled, so that each ``T`` is compiled
     anew; a packed sequence, whose lengths are data, breaks the graph.

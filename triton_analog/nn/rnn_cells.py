@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,9 +12,13 @@ from torch import Tensor
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.containers import AnalogContainerBase
 from triton_analog.nn.linear import AnalogLinear
+from triton_analog.nn.one_forward import OneForward
 
 State = tuple[Tensor, ...]
 """The hidden state of a cell, then its cell state if it has one; each ``[B, size]``."""
+
+Shared = Mapping[str, OneForward]
+"""What the steps of a sequence share of each product, by its name."""
 
 NONLINEARITIES = {"tanh": torch.tanh, "relu": torch.relu}
 
@@ -23,6 +28,19 @@ class LSTMState(NamedTuple):
 
     hx: Tensor
     cx: Tensor | None = None
+
+
+fused_lstm = torch.ops.aten._thnn_fused_lstm_cell.default
+fused_gru = torch.ops.aten._thnn_fused_gru_cell.default
+
+
+def is_fused(gates_x: Tensor, gates_h: Tensor, state: Tensor) -> bool:
+    """Whether torch does with the gates all that is left to do in one kernel, and in one more in the backward.
+
+    It has such kernels on GPUs; compilers make their own from the plain operations.
+    """
+    one_dtype = gates_x.dtype == gates_h.dtype == state.dtype
+    return gates_x.is_cuda and one_dtype and gates_x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 class AnalogRNNCellBase(AnalogContainerBase):
@@ -46,14 +64,17 @@ class AnalogRNNCellBase(AnalogContainerBase):
         """What of a step does not depend on the state: ``input [rows, I]``, rows of any time steps, to ``[rows, ...]``."""
         return self.weight_ih(input)
 
-    def step(self, projected: Tensor, state: State) -> State:
-        """The state after ``state``, given ``[B, ...]`` of :meth:`project_input`."""
+    def step(self, projected: Tensor, state: State, shared: Shared) -> State:
+        """The state after ``state``, given ``[B, ...]`` of :meth:`project_input`.
+
+        Each product is called with ``shared.get(<its name>)``: in a sequence that holds what is shared by all steps.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define step")
 
     def forward(self, input: Tensor, state: LSTMState | tuple[Tensor, Tensor | None]) -> tuple[Tensor, LSTMState]:
         """``input [B, I]`` and the state before it, to the output (the hidden state) and the state after it."""
         known = tuple(part for part in state if part is not None)
-        after = LSTMState(*self.step(self.project_input(input), known))
+        after = LSTMState(*self.step(self.project_input(input), known, {}))
         return after.hx, after
 
     def get_zero_state(self, batch_size: int) -> LSTMState:
@@ -97,8 +118,8 @@ class AnalogVanillaRNNCell(AnalogRNNCellBase):
         self.weight_ih = product(input_size, hidden_size)
         self.weight_hh = product(hidden_size, hidden_size)
 
-    def step(self, projected: Tensor, state: State) -> State:
-        return (NONLINEARITIES[self.nonlinearity](projected + self.weight_hh(state[0])),)
+    def step(self, projected: Tensor, state: State, shared: Shared) -> State:
+        return (NONLINEARITIES[self.nonlinearity](projected + self.weight_hh(state[0], shared.get("weight_hh"))),)
 
 
 class AnalogGRUCell(AnalogRNNCellBase):
@@ -129,11 +150,14 @@ class AnalogGRUCell(AnalogRNNCellBase):
         self.weight_ih = product(input_size, 3 * hidden_size)
         self.weight_hh = product(hidden_size, 3 * hidden_size)
 
-    def step(self, projected: Tensor, state: State) -> State:
+    def step(self, projected: Tensor, state: State, shared: Shared) -> State:
         (h,) = state
+        hidden = self.weight_hh(h, shared.get("weight_hh"))
+        if is_fused(projected, hidden, h):
+            return (fused_gru(projected, hidden, h)[0],)
         split = (2 * self.hidden_size, self.hidden_size)
         gates_x, new_x = projected.split(split, dim=1)
-        gates_h, new_h = self.weight_hh(h).split(split, dim=1)
+        gates_h, new_h = hidden.split(split, dim=1)
         reset, update = torch.sigmoid(gates_x + gates_h).chunk(2, dim=1)
         new = torch.tanh(new_x + reset * new_h)
         return (new + update * (h - new),)
@@ -168,11 +192,15 @@ class _LSTMCell(AnalogRNNCellBase):
         raise NotImplementedError
 
     def update(self, gates: Tensor, c: Tensor) -> State:
-        """The next state, from gates ``[B, 4 * H]`` in torch's order: input, forget, cell, output."""
+        """``[B, H]`` of the output before its projection and of the next cell state, from gates ``[B, 4 * H]`` in torch's order:
+        input, forget, cell, output."""
         i, f, g, o = gates.chunk(4, dim=1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return (h if self.weight_hr is None else self.weight_hr(h), c)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    def project_output(self, h: Tensor, c: Tensor, shared: Shared) -> State:
+        """The next state, of what :meth:`update` gave."""
+        return (h if self.weight_hr is None else self.weight_hr(h, shared.get("weight_hr")), c)
 
 
 class AnalogLSTMCell(_LSTMCell):
@@ -194,9 +222,14 @@ class AnalogLSTMCell(_LSTMCell):
         self.weight_ih = AnalogLinear(self.input_size, 4 * self.hidden_size, **options)
         self.weight_hh = AnalogLinear(recurrent_size, 4 * self.hidden_size, **options)
 
-    def step(self, projected: Tensor, state: State) -> State:
+    def step(self, projected: Tensor, state: State, shared: Shared) -> State:
         h, c = state
-        return self.update(projected + self.weight_hh(h), c)
+        hidden = self.weight_hh(h, shared.get("weight_hh"))
+        if is_fused(projected, hidden, c):
+            h, c, _ = fused_lstm(projected, hidden, c)
+        else:
+            h, c = self.update(projected + hidden, c)
+        return self.project_output(h, c, shared)
 
 
 class AnalogLSTMCellCombinedWeight(_LSTMCell):
@@ -220,6 +253,7 @@ class AnalogLSTMCellCombinedWeight(_LSTMCell):
         """``input`` itself: nothing of the product can do without the hidden state."""
         return input
 
-    def step(self, projected: Tensor, state: State) -> State:
+    def step(self, projected: Tensor, state: State, shared: Shared) -> State:
         h, c = state
-        return self.update(self.weight(torch.cat((projected, h), dim=1)), c)
+        h, c = self.update(self.weight(torch.cat((projected, h), dim=1), shared.get("weight")), c)
+        return self.project_output(h, c, shared)

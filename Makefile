@@ -33,7 +33,7 @@ test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs
 test-models: .venv/models  ## convert, run, save and export SmolLM2 and MiniLM (downloads 180 MB; some minutes)
 	.venv/bin/python -m pytest -s tests/test_real_models.py
 
-bench: .venv/peers  ## race layers, models and operations against the peers (BENCH_ARGS)
+bench: .venv/peers  ## race layers, models and operations against the peers, measure the host (BENCH_ARGS)
 	.venv/bin/python -m bench run $(BENCH_ARGS)
 
 bench-ops: .venv/peers  ## time the operations under pytest-benchmark (BENCH_ARGS)

@@ -23,7 +23,9 @@ def draw(record: Record, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(r["contender"] for r in record["results"] if r["seconds"] and r["suite"] != "ops"))
+    names = list(
+        dict.fromkeys(r["contender"] for r in record["results"] if r["seconds"] and r["suite"] not in ("ops", "host"))
+    )
     colours = {name: SLOTS[i % len(SLOTS)] for i, name in enumerate(names)}
     written = []
     for name, figure in {

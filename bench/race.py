@@ -69,17 +69,48 @@ class Gate:
 # ---- The race --------------------------------------------------------------------------------------------------------
 
 
-def host_turn(step: Step) -> Turn:
-    """Wall-clock time of ``step``, which does not return before its work is done."""
+def host_turn(step: Step, clock: Callable[[], float] = time.perf_counter) -> Turn:
+    """Time by ``clock`` of ``step``, which does not return before its work is done."""
     step()
-    start = time.perf_counter()
+    start = clock()
     step()
-    repeats = max(1, round(LEAST_TURN / max(time.perf_counter() - start, 1e-9)))
+    repeats = max(1, round(LEAST_TURN / max(clock() - start, 1e-9)))
 
     def turn() -> float:
+        start = clock()
+        for _ in range(repeats):
+            step()
+        return (clock() - start) / repeats
+
+    return turn
+
+
+def returning_turn(step: Step, repeats: int = 20) -> Turn:
+    """Time until ``step`` returns, whose work on the GPU may still be going on; so few repeats do not fill its queue."""
+    for _ in range(3):
+        step()
+
+    def turn() -> float:
+        torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
             step()
+        taken = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return taken / repeats
+
+    return turn
+
+
+def waiting_turn(step: Step, repeats: int = 3) -> Turn:
+    """Wall-clock time of ``step`` where the GPU's work is waited for at the end of the turn."""
+
+    def turn() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
         return (time.perf_counter() - start) / repeats
 
     return turn
@@ -101,6 +132,19 @@ def event_turn(step: Step, repeats: int = 5) -> Turn:
         return start.elapsed_time(end) / 1e3 / repeats
 
     return turn
+
+
+def device_seconds(step: Step, repeats: int = 10) -> float:
+    """The GPU's own time of ``step``: its queue is filled behind a pause in which the host gets ahead."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # in clocks: some 0.1 s
+    start.record()
+    for _ in range(repeats):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
 
 
 def kernel_turn(step: Step) -> Turn:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.machine import ROOT
-from bench.run import RESULTS
+from bench.report_host import host_tables
+from bench.results import RESULTS
+from bench.tables import IDEAL, OURS, Record, by_workload, multiple, table
 
-OURS, IDEAL, PREDECESSOR = "triton_analog", "torch.nn", "aihwkit-lightning"
+PREDECESSOR = "aihwkit-lightning"
 PREDECESSORS = (PREDECESSOR, f"{PREDECESSOR} (Triton)")
 BEGIN, END = "<!-- bench: written by python -m bench readme -->", "<!-- bench: end -->"
-
-Record = dict[str, Any]
 
 TIMES = (
     "Time of a training step as a multiple of the digital layer's in the same round: median (quartiles). The last columns "
@@ -39,42 +38,13 @@ def on_cpu(record: Record) -> bool:
     return record["environment"]["device"] == "cpu"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
 def mebibytes(size: int | None) -> str:
     return "" if size is None else f"{size / 2**20:.2f}"
-
-
-def by_workload(record: Record, suites: Sequence[str]) -> dict[tuple[str, str], dict[str, Record]]:
-    """Results by group and workload, then by contender."""
-    found: dict[tuple[str, str], dict[str, Record]] = {}
-    for result in record["results"]:
-        if result["suite"] in suites:
-            found.setdefault((result["group"], result["workload"]), {})[result["contender"]] = result
-    return found
 
 
 def label(group: str, workload: str) -> str:
     """Of a row: what comes after the group's first comma is in the workload's name, or only sorts it into a plot."""
     return f"{group.partition(',')[0]}: {workload}"
-
-
-def multiple(result: Record | None, of: str) -> str:
-    """The time as a multiple of another's with its quartiles; or why there is none."""
-    if result is None:
-        return ""
-    if result["status"] != "ok":
-        return result["status"]
-    if of == result["contender"]:
-        return "1"
-    if of not in result["ratios"]:
-        return ""
-    first, middle, third = result["ratios"][of]
-    mark = " *" if result["defects"] else ""
-    return f"{middle:.2f} ({first:.2f} to {third:.2f}){mark}"
 
 
 def contenders(record: Record, suites: Sequence[str]) -> list[str]:
@@ -154,7 +124,7 @@ def rates_table(record: Record) -> str:
             "" if result["gflop_s"] is None else f"{result['gflop_s'] / record['ceilings']['matmul_gflop_s']:.0%}",
         ]
         for result in record["results"]
-        if result["seconds"]
+        if result["seconds"] and result["suite"] != "host"
     ]  # fmt: skip
     return table(["", "", "ms", "TFLOP/s", "of a plain product"], rows)
 
@@ -163,13 +133,16 @@ def notes(record: Record) -> str:
     """Who was absent, what failed, and the known defects behind every mark."""
     lines = [f"- {name} did not take part: {why}" for name, why in record["absent"].items()]
     for result in record["results"]:
-        if result["status"] in ("FAILED", "unsupported") or (result["status"] == "not run" and result["suite"] == ""):
+        is_left_out = result["status"] == "not run" and result["suite"] in ("", "host")
+        if result["status"] in ("FAILED", "unsupported") or is_left_out:
             lines.append(
                 f"- {result['workload']}, {result['contender']}: {result['status']}: {one_line(result['detail'])}"
             )
     for result in record["results"]:
         if result["defects"]:
             lines.append(f"- \\* {result['workload']}, {result['contender']}: {'; '.join(result['defects'])}")
+        if result["seconds"] and result["detail"]:
+            lines.append(f"- † {result['workload']}, {result['contender']}: {one_line(result['detail'])}")
     return "\n".join(lines) + "\n"
 
 
@@ -229,6 +202,8 @@ def markdown(record: Record) -> str:
         parts += ["## Layers and models\n", TIMES + "\n", time_table(record), *memory_tables(record)]
     if by_workload(record, ("ops",)):
         parts += ["## Operations\n", operations_table(record)]
+    if by_workload(record, ("host",)):
+        parts += ["## Host\n", *host_tables(record)]
     if not on_cpu(record):
         parts += ["## Rates\n", rates_table(record)]
     return "\n".join([*parts, "## Notes\n", notes(record)])

@@ -6,55 +6,24 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import host, host_model
 from bench.machine import ceilings, environment
 from bench.memory import FORMULAS
 from bench.operations import Operation, operations
 from bench.other_revision import OtherRevision
 from bench.peers import PEERS
-from bench.peers.base import Peer, UnsupportedError
-from bench.race import Turn, WrongResultError, event_turn, host_turn, kernel_turn, ratios, spread, take_turns
+from bench.peers.base import Peer
+from bench.race import Turn, event_turn, host_turn, kernel_turn, take_turns
+from bench.results import RESULTS, Result, failed, fill_times
 from bench.training import prepare, truth_of
 from bench.workloads import Workload, workloads
-
-RESULTS = "results.json"
-
-
-@dataclass
-class Result:
-    """One contender on one workload. Without a time its ``status`` says why: FAILED, absent, unsupported or not run."""
-
-    suite: str
-    group: str
-    workload: str
-    size: int
-    contender: str
-    status: str = "ok"
-    detail: str = ""
-    dtype: str = ""
-    defects: list[str] = field(default_factory=list)
-    """Wrong results that are known of this contender and did not keep it from being timed."""
-    seconds: list[float] = field(default_factory=list)
-    """First quartile, median, third quartile of a step."""
-    rounds: int = 0
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-    """Quartiles of this contender's time as a multiple of each other's, round by round."""
-    gflop_s: float | None = None
-    gb_s: float | None = None
-    """Of the bytes that have to be moved, not of those that are."""
-    intensity: float | None = None
-    """FLOP per byte that has to be moved."""
-    saved_bytes: int | None = None
-    peak_bytes: int | None = None
-    predicted_peak_bytes: int | None = None
-    """By the formulas of :mod:`bench.memory`, for forward and backward of a linear layer."""
-    launches: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,16 +84,9 @@ def races(plan: Plan, base: OtherRevision) -> Iterator[tuple[str, Callable[[], l
         for name, operation in operations().items():
             for size in sizes:
                 yield f"{name} {size}", partial(race_operation, operation, size, plan, base)
-
-
-def failed(result: Result, error: Exception) -> Result:
-    if isinstance(error, UnsupportedError):
-        result.status, result.detail = "unsupported", str(error)
-    elif isinstance(error, WrongResultError):
-        result.status, result.detail = "FAILED", str(error)
-    else:
-        result.status, result.detail = "FAILED", f"{type(error).__name__}: {str(error).strip()[:400]}"
-    return result
+    if "host" in plan.suites:
+        for name, race in (*host.races(plan.device), *host_model.races(plan.device)):
+            yield name, partial(race, plan.seconds)
 
 
 def race_workload(workload: Workload, peers: Sequence[Peer], plan: Plan, base: OtherRevision) -> list[Result]:
@@ -208,12 +170,6 @@ def race_operation(operation: Operation, size: int, plan: Plan, base: OtherRevis
     return list(found.values())
 
 
-def fill_times(found: dict[str, Result], times: dict[str, list[float]]) -> None:
-    for name, values in times.items():
-        found[name].seconds, found[name].rounds = spread(values), len(values)
-        found[name].ratios = ratios(times, name)
-
-
 def rounded(value: Any) -> Any:
     """Four significant digits are more than a machine repeats."""
     if isinstance(value, float):
@@ -233,10 +189,16 @@ def as_json(record: dict[str, Any]) -> str:
 def line(result: Result) -> str:
     """For the terminal."""
     text = f"{result.suite:7}{result.workload:34.34} {result.contender:28}"
+    if result.python_calls is not None:
+        text += f"{result.python_calls + (result.c_calls or 0):6} calls"
     if not result.seconds:
         return f"{text}{result.status}: {result.detail[:150]}"
     first, middle, third = (1e3 * value for value in result.seconds)
     text += f"{middle:10.3f} ms ({first:.3f} to {third:.3f})"
     if result.saved_bytes is not None:
         text += f", saves {result.saved_bytes / 2**20:.2f} MiB"
+    if result.first_seconds is not None:
+        text += f", the first step {result.first_seconds:.1f} s"
+    if result.detail:
+        text += f"; {result.detail}"
     return text + (f"; known defects: {'; '.join(result.defects)}" if result.defects else "")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench.models import ENCODER, SMALL_DECODER, SMALL_ENCODER, SMOLLM2, Transformer
 from bench.recipes import EVERYTHING, FLAGSHIP, LIGHTNING, Recipe
 
-SUITES = ("ops", "layers", "models")
+SUITES = ("ops", "layers", "models", "host")
 
 
 @dataclass(frozen=True)

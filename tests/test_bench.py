@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench import command, memory, report
+from bench import command, host, host_model, memory, report
 from bench.count import saved_bytes
 from bench.machine import ROOT
+from bench.models import Transformer
 from bench.operations import operations
 from bench.other_revision import OtherRevision
 from bench.peers import PEERS
@@ -25,9 +27,10 @@ from bench.peers.lightning_triton import LightningTriton, WithoutBlocks, names_b
 from bench.peers.ours import Ours
 from bench.race import Gate, WrongResultError, disagreements, distance, ratios, spread, take_turns
 from bench.recipes import EVERYTHING, FLAGSHIP, LIGHTNING, Recipe
+from bench.results import Result
 from bench.run import Plan, race_workload
 from bench.training import digital, input_of, output_of, prepare, truth_of
-from bench.workloads import Workload, cpu_workloads, gpu_workloads, linear
+from bench.workloads import Workload, cpu_workloads, gpu_workloads, linear, model
 
 CPU = torch.device("cpu")
 PLAN = Plan(CPU, ("layers",), seconds=0.0)
@@ -309,6 +312,44 @@ def test_absolute_figures_are_a_gpus_only():
     assert "| tiny | triton_analog | 2000.000 | 0.0 | 10% |" in text
     assert "| group: tiny | 3.00 (2.00) |" in text
     assert "| group: tiny | 8 |" in text
+
+
+def test_the_report_has_what_a_step_costs_the_host():
+    def result(group: str, contender: str, **fields: Any) -> dict[str, Any]:
+        return asdict(Result("host", group, "a step", 0, contender, seconds=[1e-3, 2e-3, 3e-3], **fields))
+
+    found = record(device="NVIDIA_H200")
+    ratios = {"torch.nn": [1.0, 2.0, 3.0]}
+    found["results"] += [
+        result(host.COUNTED, "triton_analog", ratios=ratios, python_calls=7, c_calls=9, launches=8, allocations=5),
+        result(host.TIMED, "triton_analog", ratios=ratios, device_seconds=4e-3, detail="the GPU takes longer"),
+        result(host_model.GROUP, "torch.nn, from Python", first_seconds=1.25),
+        result(host_model.GROUP, "triton_analog, compiled", ratios={"torch.nn, from Python": [0.5, 0.6, 0.7]}),
+        *map(asdict, host.not_run(host.TIMED, "there is no GPU", 0.0)),
+    ]
+    text = report.markdown(found)
+    assert "| a step | triton_analog | 7 + 9 | 8 | 5 | 2 (1 to 3) | 2.00 (1.00 to 3.00) |" in text
+    assert "| a step | triton_analog | 2 (1 to 3) † | 2.00 (1.00 to 3.00) |  | 4 |  |" in text
+    assert "| a step | torch.nn, from Python | 2 (1 to 3) | 1 | 1 | 1.2 |" in text
+    assert "| a step | triton_analog, compiled | 2 (1 to 3) | 0.60 (0.50 to 0.70) |  |  |" in text
+    assert "- † a step, triton_analog: the GPU takes longer" in text
+    assert "- host, time, all: not run: there is no GPU" in text
+    assert "| a step |" not in text.partition("## Rates")[2]
+
+
+def test_a_model_takes_a_step_whose_loss_is_its_own():
+    shape = Transformer("tiny", 32, 64, 1, 2, 1, 50, decoder=True)
+    workload = model(shape, 2, 8, torch.float32)
+    step, first = host_model.prepare(workload, Ours(), host_model.FROM_PYTHON, CPU)
+    assert first > 0
+    assert step().item() == pytest.approx(step().item(), rel=host_model.LOSS)
+
+
+def test_a_step_with_another_loss_is_refused(monkeypatch):
+    monkeypatch.setitem(host_model.WAYS, "wrong", lambda net, x, optimizer: lambda: 1.1 * net(x).detach())
+    workload = model(Transformer("tiny", 32, 64, 1, 2, 1, 50, decoder=True), 2, 8, torch.float32)
+    with pytest.raises(WrongResultError, match="the loss is off by 10%"):
+        host_model.prepare(workload, Digital(), "wrong", CPU)
 
 
 def test_the_readmes_section_lists_gpus_first(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +48,6 @@ class Peer:
         """
         raise NotImplementedError
 
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        """AdamW with :data:`ADAMW`."""
-        return AdamW(model.parameters(), **ADAMW)
+    def optimizer(self, model: nn.Module, **options: Any) -> Optimizer:
+        """AdamW with :data:`ADAMW` and ``options``."""
+        return AdamW(model.parameters(), **ADAMW, **options)

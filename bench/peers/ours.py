@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -16,5 +18,6 @@ class Ours(Peer):
     def convert(self, digital: nn.Module, recipe: Recipe) -> nn.Module:
         return convert_to_analog(digital, filled(TorchInferenceRPUConfig(), recipe), inplace=True).train()
 
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        return AnalogOptimizer(AdamW, model.analog_layers, model.parameters(), **ADAMW)  # type: ignore[union-attr]
+    def optimizer(self, model: nn.Module, **options: Any) -> Optimizer:
+        parameters = model.parameters()
+        return AnalogOptimizer(AdamW, model.analog_layers, parameters, **ADAMW, **options)  # type: ignore[union-attr]

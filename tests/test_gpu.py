@@ -85,3 +85,69 @@ def test_a_transformer_trains_through_inductor(noisy: bool) -> None:
         assert own[-1] < own[0]
         losses.append(own)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_cuda_graphs_of_inductor_learn_ranges_and_draw_noise_anew() -> None:
+    """``torch.compile(mode="reduce-overhead")`` replays: every replay has noise of its own, the start-up of the ranges goes
+    on and ends, and gradients reach them."""
+    model = convert_to_analog(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)), everything()).cuda()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    inputs = [torch.randn(32, 256, device="cuda") * (1 + step) for step in range(6)]
+    for x in inputs:
+        torch.compiler.cudagraph_mark_step_begin()
+        model.zero_grad()  # gradients lie in the graph's memory, which the next replay writes again
+        compiled(x).sum().backward()
+        eager(x).sum().backward()
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    for ours, theirs in zip(model.analog_layers(), eager.analog_layers(), strict=True):
+        assert ours.input_range_update_idx.tolist() == [3] * ours.slices
+        assert theirs.input_range_update_idx.tolist() == [3] * ours.slices
+        assert ours.input_range.grad is not None
+    # The first layer's inputs do not depend on noise.
+    torch.testing.assert_close(model[0].input_range, eager[0].input_range)
+    outputs = []
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        outputs.append(compiled(inputs[0]).clone())
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_a_captured_training_step_goes_on_learning() -> None:
+    """Forward, backward, optimizer and clip in one CUDA graph: the loss falls, the weights stay clipped, and no two replays
+    have the same noise."""
+    config = everything()
+    config.pre_post.input_range.init_from_data = 0
+    model = convert_to_analog(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16)), config).cuda()
+    optimizer = AnalogOptimizer(
+        torch.optim.AdamW, model.analog_layers, model.parameters(), lr=3e-3, fused=True, capturable=True
+    )
+    x, target = torch.randn(256, 64, device="cuda"), torch.randn(256, 16, device="cuda")
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    losses = []
+    for _ in range(60):
+        graph.replay()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    assert len(set(losses)) == len(losses)
+    for layer in model.analog_layers():
+        deviation = layer.weight.float().std(dim=1, keepdim=True)
+        assert (layer.weight.abs() <= 2.6 * deviation).all(), "clipped to 2.5 deviations of before the clip"

@@ -42,6 +42,11 @@ class Numbers(NamedTuple):
     groups: int = 1
     patches: Patches | None = None
 
+    @property
+    def disturbs_weight(self) -> bool:
+        """Whether the weight has noise."""
+        return self.training and self.weight_noise != "none" and self.weight_noise_std > 0
+
 
 class _Forward(NamedTuple):
     """The numbers of :func:`ops.linear.linear_forward`, in its order."""
@@ -271,9 +276,8 @@ def _checked(
         tile_weight=tile_weight, tile_wmax=tile_wmax,
     )  # fmt: skip
     if tile_weight is not None:
-        require_tile = tile_weight.shape == weight.shape and tile_weight.dtype == dtype
         check.require(
-            require_tile,
+            tile_weight.shape == weight.shape and tile_weight.dtype == dtype,
             lambda: (
                 f"tile_weight: got {tile_weight.dtype} of shape {check.shape_of(tile_weight)}; {dtype} of shape "
                 f"{check.shape_of(weight)} is needed, as modified_weight(weight, dtype={dtype}) gives it"
@@ -282,12 +286,11 @@ def _checked(
     check.wmax_shape("tile_weight[1]", tile_wmax, slices, weight.shape[0])
     if not training:
         out_noise, weight_noise = 0.0, "none"
-    disturbs_weight = weight_noise != "none" and weight_noise_std > 0
     packed = None if patches is None else patches.numbers()
     return _Settings(
         dtype,
         draws_output=out_noise > 0,
-        draws_weight=disturbs_weight and tile_weight is None,
+        draws_weight=numbers.disturbs_weight and tile_weight is None,
         forward=_Forward(
             slices, dynamic_input_range, float(inp_res), float(out_noise), out_noise_per_channel, float(out_bound),
             out_bound_per_channel, float(out_res), weight_quantization, float(weight_res), weight_noise,

@@ -296,13 +296,12 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         """The weight of the tiles and its scale for calls that share them; None where the stored weight will do."""
         clip, dtype = self.learnable_weight_clip, input_dtype(x)
         settings = {name: getattr(numbers, name) for name in TILE_SETTINGS}
-        disturbs = numbers.training and numbers.weight_noise != "none" and numbers.weight_noise_std > 0
         seed = None
         if self._noise_lasts(numbers):
             _, seed, tile, wmax = self._lasting_noise(x, matrix, numbers)
             if tile is not None:
                 return tile, wmax
-        elif disturbs:
+        elif numbers.disturbs_weight:
             seed = one_forward.seed(x.device)
         else:
             settings["weight_noise"] = "none"
@@ -335,9 +334,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
 
     def note_clip(self) -> None:
         """The weight has just been clipped, by this layer, one that shares it or an optimizer."""
-        vars(self)["_changes_without_clip"] = (
-            0  # a module takes a microsecond to set an attribute, in every step and layer
-        )
+        # A module takes a microsecond to set an attribute, in every step and layer.
+        vars(self)["_changes_without_clip"] = 0
 
     # ---- Weights ------------------------------------------------------------------------------------------------------
 

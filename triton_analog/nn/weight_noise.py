@@ -148,8 +148,7 @@ class WeightNoise(AnalogLayerBase):
 
     def _noise_lasts(self, numbers: Numbers) -> bool:
         """Whether this forward uses noise that other forwards share."""
-        disturbs = numbers.weight_noise != "none" and numbers.weight_noise_std > 0
-        return self.training and disturbs and self.weight_noise_seed is not None
+        return numbers.disturbs_weight and self.weight_noise_seed is not None
 
     def _lasting_noise(self, x: Tensor, matrix: Tensor, numbers: Numbers) -> tuple[Tensor | None, ...]:
         """The seed of the forward, that of its weight noise, and the weight of the tiles with its scale: the noise of this

@@ -102,7 +102,7 @@ def _is_plain(x: Any) -> bool:
     return (x.__class__ is Tensor or x.__class__ is Parameter) and not x.is_neg() and not x._is_zerotensor()
 
 
-def refuse_tangents(name: str, tensors: Sequence[Any]) -> None:
+def _refuse_tangents(name: str, tensors: Sequence[Any]) -> None:
     """No tensor carries a tangent, which would be lost.
 
     Raises:
@@ -175,7 +175,7 @@ class Operator:
             if self.gradient is not None:
                 return self.gradient.apply(*args)
             return _NoGradient.apply(self, *args)
-        refuse_tangents(self.name, tensors)
+        _refuse_tangents(self.name, tensors)
         if _is_eager(tensors):
             if not _ALL_FLOATS.issuperset(map(type, self._floats_of(args))):  # the dispatcher would make them so
                 args = tuple([float(arg) if i in self._floats else arg for i, arg in enumerate(args)])

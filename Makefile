@@ -4,6 +4,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+WORKERS ?= -n auto --dist loadfile
 
 .PHONY: help demo test test-oldest test-peers test-deepspeed test-models bench bench-ops clean
 .DELETE_ON_ERROR:
@@ -18,13 +19,13 @@ test: .venv/ready  ## ruff, mypy and the tests (PYTEST_ARGS)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions (PYTEST_ARGS)
-	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-oldest/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer
-	.venv/bin/python -m pytest tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
+	.venv/bin/python -m pytest $(WORKERS) tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
 		tests/test_transformers.py tests/test_nn_hf_conv1d.py
 
 test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs a C++ compiler)

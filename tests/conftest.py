@@ -24,7 +24,7 @@ import pytest
 from triton_analog import launch
 from triton_analog.launch import environment, lookup, store
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

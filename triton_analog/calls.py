@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_analog.launch.plan import PLANS
 from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import composite
-from triton_analog.ops._transforms import Gradient, is_transforming, needs_gradient, refuse_tracing
+from triton_analog.ops._transforms import Gradient, is_transforming, needs_gradient
 from triton_analog.ops.linear import linear_backward, linear_forward
 from triton_analog.reference import Patches, num_slices
 
@@ -140,8 +140,6 @@ class _EagerAnalogLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        if torch._C._is_tracing():
-            refuse_tracing(_AnalogLinear.NAME)
         *tensors, settings = args
         y, *kept = linear_forward(*tensors, *settings.forward, True)
         _remember(ctx, args, kept)

@@ -20,7 +20,7 @@ from triton_analog.ops._transforms import (
     batched_gradients,
     forward_mode,
     is_transforming,
-    refuse_onnx,
+    refuse_tracing,
     transformed,
 )
 
@@ -192,7 +192,7 @@ class Operator:
             return self._run(*args)
         if is_legacy_batchedtensor(tensors[0]):
             raise batched_gradients(self.name)
-        refuse_onnx(self.name)
+        refuse_tracing(self.name)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 

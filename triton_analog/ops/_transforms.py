@@ -1,4 +1,4 @@
-"""Gradients of operators, and operators under the transforms of ``torch.func`` (and under tracing for TorchScript)."""
+"""Gradients of operators, and operators under the transforms of ``torch.func``; and what else torch may do to a call."""
 
 from __future__ import annotations
 
@@ -37,31 +37,23 @@ def batched_gradients(name: str) -> NotImplementedError:
     )
 
 
-def refuse_onnx(name: str) -> None:
-    """Nothing is traced for ONNX.
+def refuse_tracing(name: str) -> None:
+    """Nothing is traced for TorchScript, whose graphs have neither gradients nor the checks of a call.
 
     Raises:
         RuntimeError: something is.
     """
-    if torch._C._is_tracing() and torch.onnx.is_in_onnx_export():
+    if not torch._C._is_tracing():
+        return
+    if torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             f"torch.onnx.export: ONNX has no operator for triton_analog::{name}; export a digital copy of the model "
             "(convert_to_digital), or keep the analog one with torch.export.export"
         )
-
-
-def refuse_tracing(name: str) -> None:
-    """Nothing is traced for TorchScript.
-
-    Raises:
-        RuntimeError: something is.
-    """
-    refuse_onnx(name)
-    if torch._C._is_tracing():
-        raise RuntimeError(
-            f"torch.jit.trace: TorchScript cannot hold the gradient of triton_analog::{name}; use torch.export.export, "
-            "which keeps it, or trace under torch.no_grad()"
-        )
+    raise RuntimeError(
+        f"torch.jit.trace: TorchScript cannot hold triton_analog::{name}; use torch.export.export, which keeps all of an analog "
+        "model, or torch.compile"
+    )
 
 
 def _is_differentiated(x: Any) -> bool:
@@ -91,8 +83,6 @@ class Gradient(torch.autograd.Function):
 
     def __init_subclass__(cls) -> None:
         def forward(ctx: Any, *args: Any) -> Any:
-            if torch._C._is_tracing():
-                refuse_tracing(cls.NAME)
             out = cls.forward(*args)
             cls.setup_context(ctx, args, out)
             return out

@@ -15,6 +15,7 @@ from bench.machine import ROOT, device_name
 from bench.recipes import EVERYTHING
 from bench.run import Plan, run
 from bench.workloads import SUITES
+from triton_analog.launch.writable import check_writable
 
 REPORT = "report.md"
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"run": run_command, "readme": readme_command, "plot": plot_command, "memory": memory_command}[given.command](
             given
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -67,6 +68,7 @@ def run_command(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads)
     device = torch.device(given.device)
     folder = given.out or ROOT / "out" / "bench" / device_name(device)
+    check_writable(folder)
     plan = Plan(device, given.suite, given.quick, given.only, given.seconds, given.minutes, given.base)
     run(plan, folder, lambda text: print(text, flush=True))
     write_report(folder)
@@ -84,6 +86,8 @@ def write_report(folder: Path) -> None:
 
 
 def plot_command(given: argparse.Namespace) -> None:
+    report.read(given.folder)
+    check_writable(given.folder)
     write_report(given.folder)
 
 

@@ -28,12 +28,12 @@ class OtherRevision:
     def __init__(self, revision: str | None, device: torch.device, quick: bool) -> None:
         self.revision, self.device, self.quick = revision, device, quick
         self.name = None if revision is None else f"triton_analog at {revision}"
+        if revision is not None and not git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"):
+            raise ValueError(f"--base: git knows no revision {revision!r}; give a commit, tag or branch")
 
     def __enter__(self) -> OtherRevision:
         if self.revision is None:
             return self
-        if not git("rev-parse", "--verify", "--quiet", f"{self.revision}^{{commit}}"):
-            raise ValueError(f"--base: git knows no revision {self.revision!r}; give a commit, tag or branch")
         self.folder = tempfile.TemporaryDirectory(prefix="triton_analog_base_")
         place = Path(self.folder.name)
         self.tree = place / "tree"

@@ -27,11 +27,18 @@ def read(folder: Path) -> Record:
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: the file is damaged, or something else.
     """
     path = folder / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; python -m bench run --out {folder} writes it")
-    return json.loads(path.read_text("utf-8"))
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); python -m bench run --out {folder} writes it anew") from None
+    if not (isinstance(record, dict) and {"environment", "results"} <= record.keys()):
+        raise ValueError(f"{path}: not the results of a run; python -m bench run --out {folder} writes them")
+    return record
 
 
 def on_cpu(record: Record) -> bool:
@@ -210,7 +217,15 @@ def markdown(record: Record) -> str:
 
 
 def readme_section(folder: Path) -> str:
-    """What stands between the README's two marks: GPUs first."""
+    """What stands between the README's two marks: GPUs first.
+
+    Raises:
+        FileNotFoundError: there are no results in any folder of ``folder``.
+    """
+    if not any(folder.glob(f"*/{RESULTS}")):
+        raise FileNotFoundError(
+            f"{folder}: no */{RESULTS} there; python -m bench run --out {folder}/<device> writes one"
+        )
     records = [(path.parent, read(path.parent)) for path in sorted(folder.glob(f"*/{RESULTS}"))]
     parts = []
     for place, record in sorted(records, key=lambda pair: (on_cpu(pair[1]), pair[0].name)):

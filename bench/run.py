@@ -44,6 +44,9 @@ class Plan:
 
 def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
     """Everything that ``plan`` names; ``folder`` gets the results after each workload, so that nothing is lost."""
+    other = OtherRevision(plan.base, plan.device, plan.quick)
+    if not any(plan.only in name for name, _ in races(plan, other)):
+        raise ValueError(f"--only: no workload of {', '.join(plan.suites)} has {plan.only!r} in its name")
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * plan.minutes
     on_gpu = plan.device.type == "cuda"
@@ -55,7 +58,7 @@ def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> dict[str, An
         "absent": {peer.name: why for peer in PEERS if (why := peer.absent(plan.device))},
         "results": [],
     }
-    with OtherRevision(plan.base, plan.device, plan.quick) as base:
+    with other as base:
         for name, race in races(plan, base):
             if plan.only not in name:
                 continue
@@ -69,8 +72,6 @@ def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> dict[str, An
     for name, value in ceilings(plan.device, dtype).items():  # others may have been at work in the beginning
         record["ceilings"][name] = max(value, record["ceilings"][name])
     (folder / RESULTS).write_text(as_json(rounded(record)), "utf-8")
-    if not record["results"]:
-        raise ValueError(f"--only: no workload of {', '.join(plan.suites)} has {plan.only!r} in its name")
     return rounded(record)
 
 

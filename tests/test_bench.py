@@ -7,6 +7,7 @@ from dataclasses import asdict
 from math import inf, nan
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -382,6 +383,32 @@ def test_a_folder_without_results_is_named(tmp_path, capsys):
     assert str(tmp_path) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--only", "no such workload"], "no such workload"),
+        (["run", "--base", "no-such-revision"], "no-such-revision"),
+        (["run", "--out", "{}/results.json/deeper"], "Not a directory"),
+        (["plot", "{}"], "not JSON"),
+        (["readme", "--results", "{}/missing"], "missing: no */results.json there"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_work_and_changes_no_file(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("bench.run.ceilings", mock.Mock(side_effect=AssertionError("the work began")))
+    (tmp_path / "results.json").write_text("{damaged")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    given = [argument.format(tmp_path) for argument in arguments]
+    if given[0] == "run" and "--out" not in given:
+        given += ["--out", str(tmp_path)]
+    assert command.main([*given, *(["--device", "cpu"] if given[0] == "run" else [])]) == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert (tmp_path / "results.json").read_text() == "{damaged"
+    assert (ROOT / "README.md").read_text("utf-8") == readme
+
+
 def test_pictures_and_report_are_made_from_the_results_alone(tmp_path: Path):
     pytest.importorskip("matplotlib")
     first = record()
@@ -395,7 +422,7 @@ def test_pictures_and_report_are_made_from_the_results_alone(tmp_path: Path):
 
 def test_a_revision_that_git_does_not_know_is_an_error():
     with pytest.raises(ValueError, match="no-such-revision"):
-        OtherRevision("no-such-revision", CPU, quick=False).__enter__()
+        OtherRevision("no-such-revision", CPU, quick=False)
 
 
 # ---- Peers -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from triton_analog import InputRangeCalibrationType, calibrate_input_ranges, convert_to_analog, launch, range_statistics
 from triton_analog.config import (
     ConfigError,
+    SavedInput,
     TorchInferenceRPUConfig,
     WeightClipType,
     WeightNoiseInjectionType,
@@ -74,6 +75,10 @@ def calibrate(
 
 def ranges_of(model: Any) -> list[Tensor]:
     return [layer.input_range.detach().clone() for layer in model.analog_layers()]
+
+
+def largest(part: Tensor) -> Tensor:
+    return part.abs().max()
 
 
 def inputs_of(digital: nn.Module, batches: list[Tensor]) -> list[list[Tensor]]:
@@ -371,7 +376,6 @@ def test_an_error_leaves_everything_as_it_was(kind: InputRangeCalibrationType, c
         ([good, wrong], ValueError),
         ([good, infinite], ValueError),
         ([good, "text"], TypeError),
-        ([torch.zeros(5, 25)], ValueError),
         ([], ValueError),
     ):
         with pytest.raises(error):
@@ -389,14 +393,23 @@ class TwoHeads(nn.Module):
         return (self.spare if spare else self.head)(self.body(x))
 
 
-def test_a_layer_that_saw_no_data_is_named_and_no_layer_is_changed() -> None:
+def test_layers_that_saw_no_data_are_named_once_and_stay_as_they_were() -> None:
     model = analog(TwoHeads().eval())
-    before = everything_of(model)
-    with pytest.raises(ValueError, match="no data but zeros reached the analog layers spare;"):
-        calibrate(model, MAX, samples())
-    assert everything_of(model) == before
+    before = everything_of(model.spare)
+    with pytest.warns(UserWarning, match=r"left 1 analog layer\(s\) as they were: spare\. No data but zeros") as caught:
+        calibrate_input_ranges(model, MAX, samples(), verbose=False)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert everything_of(model.spare) == before
+    assert model.head.input_range is not None
     calibrate(model, MAX, [((x,), {"spare": spare}) for x in samples() for spare in (False, True)])
     assert len(ranges_of(model)) == 3
+
+
+def test_data_that_reach_no_layer_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"no data but zeros reached the analog layers 0, 2\.0;"):
+        calibrate(analog(network()), MAX, [])
+    with pytest.raises(ValueError, match="no data but zeros reached the analog layers"):
+        calibrate(analog(nn.Linear(25, 4)), MAX, [torch.zeros(5, 25)])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -442,18 +455,45 @@ def test_the_hooks_of_the_user_run_and_stay() -> None:
     assert "analog_matmul" not in vars(model[0])
 
 
+# ---- What is switched off meanwhile -----------------------------------------------------------------------------------------
+
+
+@all_kinds
+def test_a_config_with_everything_on_is_calibrated_as_without_and_back_afterwards(
+    kind: InputRangeCalibrationType,
+) -> None:
+    """In training mode too, and again after it has been trained."""
+
+    def everything(config: TorchInferenceRPUConfig) -> None:
+        config.pre_post.input_range.enable = True
+        config.forward.inp_res, config.forward.out_res, config.forward.out_bound = 4, 4, 0.5
+        config.forward.out_noise, config.forward.save_input = 0.5, SavedInput.INT8
+        config.modifier.noise_type, config.modifier.std_dev = WeightNoiseInjectionType.ADD_NORMAL, 0.5
+
+    digital, batches = network(), samples()
+    digital.insert(1, nn.Dropout())
+    expected = calibrate(analog(digital), kind, batches, quantile=0.9)
+    model = analog(digital, everything).train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    config = model[0].rpu_config.to_dict()
+    assert_ranges(calibrate(model, kind, batches, quantile=0.9), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert [layer.rpu_config.to_dict() for layer in model.analog_layers()] == [config] * 2
+    model(batches[0]).square().mean().backward()
+    assert_ranges(calibrate(model, kind, batches, quantile=0.9), expected)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, kind, failing(batches, KeyboardInterrupt()))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_frozen_model_is_calibrated_and_what_was_frozen_stays_so() -> None:
+    model = analog(network(), ranged).requires_grad_(False)
+    calibrate(model, MAX, samples())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 # ---- What is refused --------------------------------------------------------------------------------------------------------
-
-
-def test_only_eval_mode() -> None:
-    model = analog(network())
-    model.train()
-    with pytest.raises(ValueError, match=r"model: .* is in training mode; call model\.eval\(\) first"):
-        calibrate(model, MAX, samples())
-    model.eval()
-    model[2][0].train()
-    with pytest.raises(ValueError, match=r"model: 2\.0 is in training mode"):
-        calibrate(model, MAX, samples())
 
 
 def second_layer(change: Change) -> Any:
@@ -468,23 +508,27 @@ def second_layer(change: Change) -> Any:
     return convert_to_analog(network(), tiles(), specific_rpu_config_fun=choose)
 
 
-@pytest.mark.parametrize("res", [254, 1 / 254])
-def test_a_dac_that_is_on_is_refused_in_any_layer(res: float) -> None:
-    def dac(config: TorchInferenceRPUConfig) -> None:
-        config.forward.inp_res = res
+def dynamic(config: TorchInferenceRPUConfig) -> None:
+    config.pre_post.input_range.dynamic = True
+    config.forward.inp_res = 4
 
-    with pytest.raises(
-        ConfigError, match=r"forward\.inp_res: got .* in layer 2\.0; the DAC must be off .* set it to -1"
+
+def test_dynamic_ranges_everywhere_are_refused_and_those_of_some_layers_stay() -> None:
+    def everywhere(config: TorchInferenceRPUConfig) -> None:
+        config.pre_post.input_range.enable = True
+        dynamic(config)
+
+    model = analog(network(), everywhere)
+    with pytest.raises(ConfigError, match=r"input_range\.dynamic: got True in the analog layers 0, 2\.0"):
+        calibrate(model, MAX, samples())
+    model, batches = second_layer(dynamic), samples()
+    before = everything_of(model[2][0])
+    with pytest.warns(
+        UserWarning, match=r"left 1 analog layer\(s\) as they were: 2\.0\. Pre_post\.input_range\.dynamic"
     ):
-        calibrate(second_layer(dac), MAX, samples())
-
-
-def test_a_dynamic_range_is_refused_in_any_layer() -> None:
-    def dynamic(config: TorchInferenceRPUConfig) -> None:
-        config.pre_post.input_range.dynamic = True
-
-    with pytest.raises(ConfigError, match=r"input_range\.dynamic: got True in layer 2\.0"):
-        calibrate(second_layer(dynamic), MAX, samples())
+        calibrate_input_ranges(model, MAX, batches, verbose=False)
+    assert everything_of(model[2][0]) == before
+    assert torch.equal(model[0].input_range, per_slice(torch.cat([x.flatten(0, -2) for x in batches]), largest).float())
 
 
 def test_a_config_that_is_not_valid_is_refused_before_any_data() -> None:
@@ -553,6 +597,9 @@ X, SHIFT = torch.ones(2, 25), torch.full((2, 25), 4.0)
         ([X], 1),  # what a DataLoader makes of a TensorDataset of one tensor
         ({"x": X, "shift": SHIFT}, 5),
         (UserDict({"x": X}), 1),  # the tokenizers of Hugging Face give such
+        ([X, SHIFT], 1),  # labels, as of a TensorDataset
+        ((X, torch.tensor([3, 1]), ["a", "b"]), 1),
+        (({"x": X, "shift": SHIFT}, torch.tensor([3, 1])), 5),
     ],
 )
 def test_what_a_batch_may_be(batch: Any, largest: float) -> None:
@@ -565,16 +612,27 @@ def test_what_a_batch_may_be(batch: Any, largest: float) -> None:
 @pytest.mark.parametrize(
     ("batch", "shown"),
     [
-        ([X, SHIFT], "list of Tensor, Tensor"),
-        ((X, {}), "tuple of Tensor, dict"),
-        ((X, X, X), "tuple of Tensor, Tensor, Tensor"),
+        ((X, {"shift": SHIFT}), "tuple of Tensor, dict"),
+        (((X, X), SHIFT), "tuple of tuple, Tensor"),
+        (("text", SHIFT), "tuple of str, Tensor"),
+        ([], "list of "),
         (None, "NoneType"),
         (((X,), {}, {}), "tuple of tuple, dict, dict"),
     ],
 )
-def test_a_batch_that_may_hold_labels_or_that_is_no_batch_is_refused(batch: Any, shown: str) -> None:
-    with pytest.raises(TypeError, match=rf"dataloader: got a batch that is a {shown}; allowed are \(args, kwargs\)"):
+def test_what_is_no_batch_is_refused(batch: Any, shown: str) -> None:
+    with pytest.raises(TypeError, match=rf"dataloader: got a batch that is a {shown}; allowed are .*forward=lambda"):
         calibrate(analog(Sum().eval()), MAX, [batch])
+
+
+def test_a_function_may_run_the_model() -> None:
+    batches = [{"picture": X, "label": 3}, {"picture": 2 * X, "label": 4}]
+    (found,) = calibrate(
+        analog(Sum().eval()), MAX, batches, forward=lambda model, batch: model(batch["picture"], shift=1.0)
+    )
+    assert found.tolist() == [3] * 3
+    with pytest.raises(TypeError, match=r"forward: got 'model'; a function forward\(model, batch\) is needed"):
+        calibrate(analog(Sum()), MAX, batches, forward="model")
 
 
 def test_a_data_loader_of_torch() -> None:

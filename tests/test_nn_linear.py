@@ -818,6 +818,19 @@ def test_numbers_may_change_between_forwards_and_are_checked() -> None:
         layer(x)
 
 
+def test_a_compiled_layer_names_the_field_of_a_config_made_invalid_too() -> None:
+    """One graph without breaks cannot raise it: then torch quotes it."""
+    layer, x = AnalogLinear(40, 8, rpu_config=ranged(init_from_data=0)).eval(), torch.randn(5, 40)
+    for options, error in (({}, ConfigError), ({"fullgraph": True}, torch._dynamo.exc.Unsupported)):
+        torch._dynamo.reset()
+        layer.rpu_config.forward.out_res = -1
+        compiled = torch.compile(layer, backend="aot_eager", **options)
+        compiled(x)
+        layer.rpu_config.forward.out_res = 254
+        with pytest.raises(error, match=r"forward\.out_res: got 254; .*forward\.out_bound"):
+            compiled(x)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     ("config", "change"),

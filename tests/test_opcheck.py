@@ -106,6 +106,34 @@ def test_opcheck(index, backend):
     torch.library.opcheck(getattr(OPERATORS, name).default, arguments)
 
 
+@pytest.mark.parametrize("index", [i for i, case in enumerate(CASES) if not case.startswith("clip")])
+def test_a_batch_of_calls_is_one_call_after_the_other(index):
+    """Under vmap, and in the gradients of ``torch.func.grad``; what changes a tensor in place is refused."""
+    name, arguments = samples()[index]
+    operator = getattr(OPERATORS, name).default
+    if any(argument.alias_info is not None for argument in operator._schema.arguments):
+        with pytest.raises(RuntimeError, match=f"{name} changes .* in place"):
+            torch.func.vmap(lambda x: operator(x, *arguments[1:]))(arguments[0])
+        return
+    first, *others = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in arguments]
+    several = torch.stack([first, first + 1])
+
+    def call(x):
+        out = operator(x, *others)
+        return out if isinstance(out, torch.Tensor) else tuple(out)
+
+    def total(x):
+        return sum(out.sum() for out in torch.utils._pytree.tree_leaves(call(x)) if out.is_floating_point())
+
+    together = torch.utils._pytree.tree_leaves(torch.func.vmap(call)(several))
+    alone = zip(*[torch.utils._pytree.tree_leaves(call(x)) for x in several], strict=True)
+    assert all(torch.equal(one, torch.stack(parts)) for one, parts in zip(together, alone, strict=True))
+    if isinstance(arguments[0], torch.Tensor) and arguments[0].requires_grad:
+        x = several[0].requires_grad_()
+        (expected,) = torch.autograd.grad(total(x), x)
+        assert torch.equal(torch.func.vmap(torch.func.grad(total))(several.detach())[0], expected)
+
+
 def test_every_operator_is_checked():
     registered = {
         name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "triton_analog::" in name

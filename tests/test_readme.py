@@ -11,10 +11,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "REA
 
 
 def test_the_examples_are_found():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["basic", "conversion", "saving", "attaching", "aihwkit", "functional"])
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=["basic", "conversion", "calibration", "saving", "attaching", "aihwkit", "functional"]
+)
 def test_example_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "export_to_aihwkit" in block:

@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from triton_analog.launch import Hardware, environment, hardware, store
 from triton_analog.launch.fingerprint import code_hash, space_hash
 from triton_analog.launch.space import Problem, as_values
 from triton_analog.launch.store import Entry, Table
+from triton_analog.launch.writable import check_writable
 from triton_analog.ops.dac import DacConfig
 from triton_analog.tuning import autotune, command
 from triton_analog.tuning import sweep as sweeping
@@ -103,7 +106,7 @@ WRONG = {
     "sweep --static --target sm_90 --dtype fp32": ["--dtype", "fp32", "bf16 and fp16"],
     "show --gpu H200": ["--gpu", "'H200'", H200, "--target"],
     "show --target sm_1": ["argument --target", "'sm_1'", *TARGETS],
-    "check missing": ["directories", "missing is not a folder"],
+    "check missing": ["directories", "missing does not exist"],
     "merge": ["required: files"],
     "inspect": ["required: --target"],
     "inspect --target sm_90 --op conv": ["argument --op", "'conv'", "matmul"],
@@ -292,7 +295,7 @@ def test_show_measures_nothing_and_writes_nothing(places, tmp_path, monkeypatch,
 def test_check_is_content_with_good_files(places, capsys):
     keep(places.own)
     assert command.main(["check", str(places.own)]) == 0
-    assert capsys.readouterr() == ("", f"0 findings in {places.own}\n")
+    assert capsys.readouterr() == ("", f"0 findings in {places.own}: 1 file\n")
 
 
 @pytest.mark.filterwarnings("ignore::triton_analog.launch.store.TuningWarning")
@@ -310,7 +313,9 @@ def test_check_lists_what_is_stale_unknown_and_damaged_wherever_lookups_read(pla
     assert lines[0].startswith(f"{stale}: stale: Key(dtype='bfloat16', sizes=(('rows', 16)")
     assert lines[1].startswith(f"{unknown}: unknown: Key(dtype='bfloat16', sizes=(('rows', 4096)")
     assert lines[2].startswith(f"{damaged}: damaged: not JSON")
-    assert printed.err.splitlines()[-1] == f"3 findings in {places.own}, {places.cache}, {places.shipped}"
+    assert printed.err.splitlines()[-1] == (
+        f"3 findings in {places.own}: 1 file, {places.cache}: 1 file, {places.shipped}: 1 file"
+    )
     assert files(tmp_path) == before
 
 
@@ -322,6 +327,67 @@ def test_check_looks_at_given_folders_only(places, tmp_path, capsys):
     assert command.main(["check", str(first), str(second)]) == 0
     assert command.main(["check", str(first), str(places.own)]) == 1
     assert capsys.readouterr().out.startswith(f"{path}: stale: ")
+
+
+def test_check_says_where_there_is_nothing_to_look_at(places, capsys):
+    keep(places.own)
+    assert command.main(["check"]) == 0
+    _, errors = capsys.readouterr()
+    assert errors == (
+        f"0 findings in {places.own}: 1 file, {places.cache}: does not exist, {places.shipped}: does not exist\n"
+    )
+    with pytest.raises(SystemExit):
+        command.main(["check", str(places.own / "NVIDIA_H200")])
+    assert f"is the folder of one GPU; give {places.own}" in capsys.readouterr().err
+
+
+# ---- Where nothing can be written -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["sweep"], ["sweep", "--static", "--gpu", H200], ["merge", "some.json"]],
+    ids=["sweep", "static sweep", "merge"],
+)
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(arguments, tmp_path, capsys, monkeypatch):
+    work = mock.Mock(side_effect=AssertionError("the work began"))
+    for name in ("sweep", "static_sweep", "measured_before"):
+        monkeypatch.setattr(command, name, work)
+    (tmp_path / "file").write_text("not a folder")
+    before = files(tmp_path)
+    folder = tmp_path / "file" / "deeper" / "results"
+    with launch.backend("kernel"):
+        assert command.main([*arguments, "--into", str(folder)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: nothing can be written into {folder} (Not a directory, {tmp_path / 'file'}); give another folder, or make it "
+        "writable\n"
+    )
+    assert files(tmp_path) == before
+
+
+def test_asking_whether_a_folder_can_be_written_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home_has_what_is_shipped_and_a_word_on_where_results_go(places, monkeypatch, capsys):
+    monkeypatch.delenv(environment.TUNING_DIR)
+    monkeypatch.setattr(store, "user_cache_path", mock.Mock(side_effect=RuntimeError("no home directory")))
+    keep(places.shipped)
+    assert store.search_path(None) == (places.shipped,)
+    assert store.search_path("/data") == (Path("/data"), places.shipped)
+    assert command.main(["check"]) == 0
+    assert command.main(["show", "--gpu", H200, "--op", "dac", "--shapes", "512x512", "--rows", "4096"]) == 0
+    assert "exact" in capsys.readouterr().out
+    assert command.main(["sweep", "--static", "--gpu", H200]) == 1
+    assert "no home directory; set TRITON_ANALOG_TUNING_DIR" in capsys.readouterr().err
+    problem = DAC.problem(Hardware(H200, "sm_90", 90), entry().key)
+    with pytest.warns(autotune.TuningWarning, match=r"are not kept: .* set TRITON_ANALOG_TUNING_DIR"):
+        autotune.keep(DAC, problem, entry())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said
+        autotune.keep(DAC, problem, entry())
 
 
 # ---- Merge --------------------------------------------------------------------------------------------------------------
@@ -390,7 +456,7 @@ def test_a_file_that_cannot_be_merged_is_an_error_that_leaves_the_others(tmp_pat
     printed = capsys.readouterr()
     assert printed.out == f"{good} -> {path}\n"
     errors = printed.err.splitlines()
-    assert errors[0] == f"error: {missing}: no tuning file that can be read"
+    assert errors[0] == f"error: {missing}: does not exist"
     assert errors[1] == f"error: {damaged}: no tuning file that can be read"
     assert errors[2].startswith(f"error: {elsewhere}: target: got ('sm_90', 'sm_80')")
 

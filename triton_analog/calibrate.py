@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
@@ -54,65 +54,77 @@ def calibrate_input_ranges(
     std_alpha: float | None = None,
     verbose: bool = True,
     signed: bool = False,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> None:
     """Set the stored input ranges of every analog layer of ``model`` from the inputs that the layers see.
 
-    Runs ``model`` on all of ``dataloader``, without gradients. Meanwhile all input ranges are off, and with them the
-    converters and the output noise, so that no layer sees what the unfinished range of an earlier one has clipped (in
-    AIHWKIT-Lightning's ``MOVING_*`` it does); clip and quantization of the weights act as in any evaluation. Compiled
-    models run uncompiled. Rows that are all zero, such as padding, are left out. Each forward of a layer is a batch of its
-    own: a layer that a model runs twice per batch takes both.
+    Runs ``model`` on all of ``dataloader`` in evaluation mode, without gradients. Meanwhile all input ranges are off, and with
+    them the converters and the noise, so that no layer sees what the unfinished range of an earlier one has clipped (in
+    AIHWKIT-Lightning's ``MOVING_*`` it does): inputs are seen as they are before any DAC. Clip and quantization of the weights
+    act as in any evaluation. Compiled models run uncompiled. Rows that are all zero, such as padding, are left out. Each
+    forward of a layer is a batch of its own: a layer that a model runs twice per batch takes both.
 
-    Afterwards ``pre_post.input_range.enable`` is True, ``input_range`` is a parameter (the same one, if there was one) that
-    is trained if ``learn_input_range`` says so, and its start-up from training data is over. An optimizer that exists
-    already does not know parameters added here. Set ``forward.inp_res`` and the like in each ``layer.rpu_config`` then.
-    An error leaves every layer as it was.
+    Afterwards every module is in the mode that it was in, and converters and noise are what the configs say.
+    ``pre_post.input_range.enable`` is True, ``input_range`` is a parameter (the same one, if there was one) that is trained if
+    ``learn_input_range`` says so, and its start-up from training data is over. An optimizer that exists already does not know
+    parameters added here. Layers with a dynamic range, and layers that no data reached, stay as they were. An error leaves
+    every layer as it was.
 
     Args:
-        model: A model in eval mode, with analog layers whose DAC is off and whose range is off or stored.
+        model: A model with analog layers, calibrated before or not, in any mode.
         calibration_type: How to find the ranges.
-        dataloader: Yields ``(args, kwargs)``, a tuple or list and a dict, for ``model(*args, **kwargs)``; or a tensor, alone
-            or as the only one in a tuple or list, for ``model(tensor)``; or a dict for ``model(**dict)``. Several tensors
-            are refused, as one of them may be the labels. Tensors must be where the model wants them. In a process group
-            the ranks do not share what they see: give all of them the same data.
+        dataloader: What a ``DataLoader`` yields: a tensor ``x``, alone or as the first in a tuple or list whose rest (labels)
+            is left out, for ``model(x)``; a mapping, alone or as the first, for ``model(**mapping)``; or the pair
+            ``(args, kwargs)``, a tuple or list and a mapping, for ``model(*args, **kwargs)``. With ``forward`` anything.
+            Tensors must be where the model wants them. In a process group the ranks do not share what they see: give all of
+            them the same data.
         quantile: For the ``*_QUANTILE`` kinds, in ``0 < quantile <= 1``.
         max_samples: Rows that ``CACHE_QUANTILE`` keeps per layer, ``>= 1``: all rows, or so many drawn with torch's
             generator of their device.
         std_alpha: For ``MOVING_STD``: standard deviations, ``> 0``; None takes ``init_std_alpha`` of each layer's config.
         verbose: Show a progress bar, if the package ``tqdm`` is installed (``pip install triton-analog[calibration]``).
         signed: Take quantiles of ``x`` instead of ``|x|``, as AIHWKIT does: too small where inputs are negative.
+        forward: ``forward(model, batch)`` runs the model on a batch, instead of the above.
 
     Warns:
         UserWarning: a slice whose range came out as 0 keeps the range it had (``init_value`` if none), as range 0 would let
-            nothing through.
+            nothing through; layers with a dynamic range; layers that no data but zeros reached.
 
     Raises:
-        ConfigError: a layer has its DAC on or a dynamic range, or ``calibration_type`` is NONE.
-        TypeError: ``model``, ``calibration_type`` or what ``dataloader`` yields is something else.
-        ValueError: no analog layer, a module in training mode, a number outside the above, a layer that no data but zeros
-            reached, inputs that are inf or NaN, or a range that the dtype of a layer cannot hold.
+        ConfigError: every layer has a dynamic range, a config is not valid, or ``calibration_type`` is NONE.
+        TypeError: ``model``, ``calibration_type``, ``forward`` or what ``dataloader`` yields is something else.
+        ValueError: no analog layer, a number outside the above, no data but zeros for any layer, inputs that are inf or NaN,
+            or a range that the dtype of a layer cannot hold.
     """
-    _check_arguments(calibration_type, quantile, max_samples, std_alpha)
-    layers = _analog_layers(model)
+    _check_arguments(calibration_type, quantile, max_samples, std_alpha, forward)
+    every_layer = _analog_layers(model)
+    layers = {name: layer for name, layer in every_layer.items() if not layer.rpu_config.pre_post.input_range.dynamic}
+    _check_any_static(every_layer, layers)
     configs = {name: _ranged_config(name, layer.rpu_config) for name, layer in layers.items()}
     statistics = {
         name: _statistic(layer, calibration_type, quantile, max_samples, std_alpha, signed)
         for name, layer in layers.items()
     }
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _observed(layers, statistics):
+    run = _run if forward is None else forward
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        _evaluating(model),
+        _observed(every_layer, statistics),
+    ):
         for batch in _with_progress(dataloader) if verbose else dataloader:
-            args, kwargs = _arguments(batch)
-            model(*args, **kwargs)
+            run(model, batch)
     ranges = _found_ranges(layers, statistics)
-    for name, layer in layers.items():
-        layer.reconfigure(configs[name])
-        layer.set_input_range(ranges[name])
+    _warn_of_others(every_layer, layers, ranges)
+    for name, found in ranges.items():
+        layers[name].reconfigure(configs[name])
+        layers[name].set_input_range(found)
 
 
 # ---- Checks -------------------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(kind: Any, quantile: float, max_samples: int, std_alpha: float | None) -> None:
+def _check_arguments(kind: Any, quantile: float, max_samples: int, std_alpha: float | None, forward: Any) -> None:
     allowed = ", ".join(str(member) for member in InputRangeCalibrationType if member.name != "NONE")
     if not isinstance(kind, InputRangeCalibrationType):
         raise TypeError(f"calibration_type: got {kind!r}; allowed are {allowed}")
@@ -124,37 +136,37 @@ def _check_arguments(kind: Any, quantile: float, max_samples: int, std_alpha: fl
         raise ValueError(f"max_samples: got {max_samples}; at least 1 row is needed, such as 1000")
     if std_alpha is not None and not std_alpha > 0:
         raise ValueError(f"std_alpha: got {std_alpha}; must be > 0, or None for init_std_alpha of the config")
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward: got {forward!r}; a function forward(model, batch) is needed")
 
 
 def _analog_layers(model: Any) -> Layers:
-    """The analog layers of ``model`` by name, each once, all of them ready to be calibrated."""
+    """The analog layers of ``model`` by name, each once."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module with analog layers is needed")
     modules = {name or type(module).__name__: module for name, module in model.named_modules()}
     layers = {name: module for name, module in modules.items() if isinstance(module, AnalogMatrixLayer)}
     if not layers:
         raise ValueError("model: it has no analog layer; convert it with convert_to_analog first")
-    for name, module in modules.items():
-        if module.training:
-            raise ValueError(f"model: {name} is in training mode; call model.eval() first")
     return layers
+
+
+def _check_any_static(every_layer: Layers, layers: Layers) -> None:
+    if not layers:
+        raise ConfigError(
+            f"pre_post.input_range.dynamic: got True in the analog layers {', '.join(every_layer)}, whose ranges then come from "
+            "each row and need no calibration; set it to False to calibrate stored ones"
+        )
 
 
 def _ranged_config(name: str, config: TorchInferenceRPUConfig) -> TorchInferenceRPUConfig:
     """A copy of ``config`` with the input range on, once that is known to be valid."""
-    if config.forward.inp_res > 0:
-        raise ConfigError(
-            f"forward.inp_res: got {config.forward.inp_res} in layer {name}; the DAC must be off while its range is not yet "
-            "known: set it to -1, and back once the model is calibrated"
-        )
-    if config.pre_post.input_range.dynamic:
-        raise ConfigError(
-            f"pre_post.input_range.dynamic: got True in layer {name}, whose range then comes from each row and needs no "
-            "calibration; set it to False"
-        )
     config = copy.deepcopy(config)
     config.pre_post.input_range.enable = True
-    config.validate()
+    try:
+        config.validate()
+    except ConfigError as error:
+        raise ConfigError(f"layer {name}: {error}") from None
     return config
 
 
@@ -184,8 +196,21 @@ def _statistic(
 
 
 @contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module of ``model`` is in evaluation mode while it lasts, and then in the one that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def _observed(layers: Layers, statistics: Statistics) -> Iterator[None]:
-    """While it lasts, the layers hand what they multiply to their statistic, and run without range and converters.
+    """While it lasts, the layers hand what they multiply to their statistic (if any), and run without range and converters.
 
     Every kind of layer multiplies in ``analog_matmul``, which recurrent ones call several times per forward. So that method
     is hidden by an attribute of the same name; the hooks of the user are left alone.
@@ -195,7 +220,8 @@ def _observed(layers: Layers, statistics: Statistics) -> Iterator[None]:
         for name, layer in layers.items():
             layer.rpu_config = _without_range(layer.rpu_config)
             layer.input_range = None
-            layer.__dict__["analog_matmul"] = partial(_observe, name, layer, statistics[name])
+            if name in statistics:
+                layer.__dict__["analog_matmul"] = partial(_observe, name, layer, statistics[name])
         yield
     finally:
         for name, layer in layers.items():
@@ -233,23 +259,33 @@ def _with_progress(dataloader: Iterable[Any]) -> Iterable[Any]:
     return tqdm(dataloader, desc="calibrating input ranges", unit="batch")
 
 
-def _arguments(batch: Any) -> tuple[Iterable[Any], dict[str, Any]]:
-    """Positional and keyword arguments of the model."""
+def _run(model: nn.Module, batch: Any) -> None:
+    """Hand ``model`` what it takes of a batch."""
     match batch:
-        case Tensor() as x:
-            return (x,), {}
-        case [Tensor() as x]:
-            return (x,), {}
-        case Mapping() as kwargs:
-            return (), dict(kwargs)
         case [tuple() | list() as args, Mapping() as kwargs]:
-            return args, dict(kwargs)
+            model(*args, **kwargs)
+        case [Tensor(), Mapping()]:
+            raise _no_batch(batch)  # keyword arguments, or labels
+        case Tensor() as x:
+            model(x)
+        case [Tensor() as x, *_]:
+            model(x)
+        case Mapping() as kwargs:
+            model(**kwargs)
+        case [Mapping() as kwargs, *_]:
+            model(**kwargs)
+        case _:
+            raise _no_batch(batch)
+
+
+def _no_batch(batch: Any) -> TypeError:
     given = type(batch).__name__
     if isinstance(batch, tuple | list):
         given += f" of {', '.join(type(part).__name__ for part in batch)}"
-    raise TypeError(
-        f"dataloader: got a batch that is a {given}; allowed are (args, kwargs), such as ((x,), {{}}), which also says what "
-        "is no input, a single tensor, and a dict of keyword arguments"
+    return TypeError(
+        f"dataloader: got a batch that is a {given}; allowed are a tensor or a mapping of keyword arguments, alone or as the "
+        "first in a tuple or list (with labels), and (args, kwargs), such as ((x,), {}); for anything else give "
+        "forward=lambda model, batch: model(...)"
     )
 
 
@@ -257,20 +293,34 @@ def _arguments(batch: Any) -> tuple[Iterable[Any], dict[str, Any]]:
 
 
 def _found_ranges(layers: Layers, statistics: Statistics) -> dict[str, Tensor]:
-    """The ranges ``[S]`` to store in every layer, in the dtype that it stores; nothing is changed yet."""
-    unseen, found = [], {}
+    """The ranges ``[S]`` to store in every layer that saw data, in the dtype that it stores; nothing is changed yet."""
+    found = {}
     for name, layer in layers.items():
         ranges = statistics[name].ranges()
-        if ranges is None:
-            unseen.append(name)
-        else:
+        if ranges is not None:
             found[name] = _storable(name, layer, ranges)
-    if unseen:
+    if not found:
         raise ValueError(
-            f"dataloader: no data but zeros reached the analog layers {', '.join(unseen)}; give data that does, or leave them "
-            "digital with exclude_modules of convert_to_analog. No layer was changed"
+            f"dataloader: no data but zeros reached the analog layers {', '.join(layers)}; give batches that do. No layer was "
+            "changed"
         )
     return found
+
+
+def _warn_of_others(every_layer: Layers, layers: Layers, ranges: dict[str, Tensor]) -> None:
+    """Name what is left as it was, each kind once."""
+    unseen = [name for name in layers if name not in ranges]
+    dynamic = [name for name in every_layer if name not in layers]
+    for names, why in (
+        (unseen, "no data but zeros reached these; give data that does, or leave them digital with exclude_modules"),
+        (dynamic, "pre_post.input_range.dynamic is True, so that their ranges come from each row"),
+    ):
+        if names:
+            warnings.warn(
+                f"calibrate_input_ranges left {len(names)} analog layer(s) as they were: {', '.join(names)}. {why[0].upper()}"
+                f"{why[1:]}.",
+                stacklevel=3,
+            )
 
 
 def _storable(name: str, layer: AnalogMatrixLayer, ranges: Tensor) -> Tensor:

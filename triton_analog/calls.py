@@ -12,6 +12,7 @@ from torch import Tensor
 from triton_analog.launch.plan import PLANS
 from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import composite
+from triton_analog.ops._transforms import Gradient, is_transforming, needs_gradient
 from triton_analog.ops.linear import linear_backward, linear_forward
 from triton_analog.reference import Patches, num_slices
 
@@ -93,36 +94,23 @@ class _Settings(NamedTuple):
     backward: _Backward
 
 
-class _AnalogLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        input_range: Tensor | None,
-        clip: Tensor | None,
-        seed: Tensor | None,
-        weight_seed: Tensor | None,
-        tile_weight: Tensor | None,
-        tile_wmax: Tensor | None,
-        settings: _Settings,
-    ) -> Tensor:
-        numbers = settings.forward
-        y, *kept = linear_forward(
-            x, weight, bias, input_range, clip, seed, weight_seed, tile_weight, tile_wmax, *numbers, True
-        )
-        ctx.numbers = settings.backward
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.input_shape = x.shape
-        mask = kept.pop(0) if numbers.out_bound > 0 else None
-        ranges = kept.pop(0) if numbers.dynamic_range else input_range
-        x, clipped = kept or (x, None)
-        ctx.save_for_backward(x, clipped, weight, ranges, clip, weight_seed, tile_weight, mask)
-        return y
+class _AnalogLinear(Gradient):
+    """Of the tensors of :func:`linear` and their settings. Gives what :func:`linear_forward` gives, the output first."""
+
+    NAME = "analog_linear"
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, settings = args
+        return tuple(linear_forward(*tensors, *settings.forward, True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _remember(ctx, inputs, output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, clipped, weight, ranges, clip, weight_seed, tile_weight, mask = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_range, needs_clip = ctx.needs_input_grad[:5]
         needs_input, needs_matrix = needs_x or needs_range, needs_weight or needs_bias or needs_clip
@@ -145,6 +133,33 @@ class _AnalogLinear(torch.autograd.Function):
             dclip if needs_clip else None,
             *(None,) * 5,
         )
+
+
+class _EagerAnalogLinear(torch.autograd.Function):
+    """Keeps what only the backward needs from autograd's eyes, which would look at it in every step."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, settings = args
+        y, *kept = linear_forward(*tensors, *settings.forward, True)
+        _remember(ctx, args, kept)
+        return y
+
+    backward = staticmethod(_AnalogLinear.backward)
+    jvp = _AnalogLinear.jvp
+
+
+def _remember(ctx: Any, args: Sequence[Any], kept: Sequence[Tensor]) -> None:
+    """Keep what the backward needs of the arguments and of what the forward made beside its output."""
+    x, weight, bias, input_range, clip, _, weight_seed, tile_weight, _, settings = args
+    kept, numbers = list(kept), settings.forward
+    ctx.numbers = settings.backward
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.input_shape = x.shape
+    mask = kept.pop(0) if numbers.out_bound > 0 else None
+    ranges = kept.pop(0) if numbers.dynamic_range else input_range
+    x, clipped = kept or (x, None)
+    ctx.save_for_backward(x, clipped, weight, ranges, clip, weight_seed, tile_weight, mask)
 
 
 def parts_of(tensor: Tensor | None, groups: int, dim: int = 0) -> list[Any]:
@@ -375,8 +390,11 @@ def _linear(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
 
 
 def _product(settings: _Settings, *tensors: Any) -> Tensor:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5]):
-        return _AnalogLinear.apply(*tensors, settings)
+    if is_transforming():
+        if needs_gradient(tensors[:5]):
+            return _AnalogLinear.apply(*tensors, settings)[0]
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5]):
+        return _EagerAnalogLinear.apply(*tensors, settings)
     return linear_forward(*tensors, *settings.forward, False)[0]
 
 

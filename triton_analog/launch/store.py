@@ -249,8 +249,35 @@ def search_path(configured: str | None) -> tuple[Path, ...]:
     Args:
         configured: What the user set in ``TRITON_ANALOG_TUNING_DIR``; None or empty if nothing.
     """
-    own = (Path(os.path.expanduser(configured)),) if configured else ()
-    return (*own, user_cache_path("triton_analog") / "tuning", shipped_directory())
+    return (*_users_folders(configured), shipped_directory())
+
+
+def results_directory(configured: str | None) -> Path:
+    """Where new tables belong: the first of the folders that are the user's.
+
+    Args:
+        configured: As in :func:`search_path`.
+
+    Raises:
+        OSError: there is none, as in a container whose user has no home.
+    """
+    folders = _users_folders(configured)
+    if not folders:
+        raise OSError(
+            "there is no folder for tuning results, as this user has no home directory; set TRITON_ANALOG_TUNING_DIR to a "
+            "folder (or HOME, or XDG_CACHE_HOME)"
+        )
+    return folders[0]
+
+
+def _users_folders(configured: str | None) -> list[Path]:
+    """Without the user's cache where nobody knows the user's home."""
+    own = [Path(os.path.expanduser(configured))] if configured else []
+    try:
+        cache = user_cache_path("triton_analog") / "tuning"
+    except RuntimeError:
+        return own
+    return [*own, cache] if cache.is_absolute() else own
 
 
 def shipped_directory() -> Path:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 from typing_extensions import Self
 
 
@@ -30,6 +31,19 @@ class AnalogLayerBase(nn.Module):
         for layer in self.analog_layers():
             fn(layer)
         return self
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by ``torch.jit.script``.
+
+        Raises:
+            RuntimeError: this is a layer.
+        """
+        if self.IS_CONTAINER:
+            return self
+        raise RuntimeError(
+            f"torch.jit.script: TorchScript cannot hold a {type(self).__name__}; use torch.export.export, which keeps "
+            "all of an analog model, or torch.compile"
+        )
 
     def clip_weights(self) -> None:
         """Clamp the stored weights as the config's Gaussian clip says. An optimizer does so after each step."""
@@ -55,6 +69,21 @@ class AnalogLayerBase(nn.Module):
             if parameter is not None:
                 empty = torch.empty_like(parameter, device="meta")
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def traced_leaf(layer: nn.Module, *inputs: Any) -> Proxy:
+    """What ``torch.fx.symbolic_trace`` notes of a layer's forward: one call of the layer, as of torch's own.
+
+    Raises:
+        RuntimeError: the layer is all there is to trace.
+    """
+    tracer = inputs[0].tracer
+    if tracer.root is layer:
+        raise RuntimeError(
+            f"torch.fx.symbolic_trace: a {type(layer).__name__} is one node of a graph and has no graph of its own; trace a "
+            "model that holds it, or use torch.export.export"
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), inputs, {})
 
 
 def named_analog_layers(module: nn.Module) -> Iterator[tuple[str, AnalogLayerBase]]:

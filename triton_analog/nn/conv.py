@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.nn.base import traced_leaf
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.reference import Patches
 
@@ -111,6 +113,8 @@ class _AnalogConv(AnalogMatrixLayer):
             TypeError: ``input`` is no floating-point tensor, or of another dtype than the weight outside autocast.
             ValueError: another number of dimensions or channels, or an input that is too small.
         """
+        if input.__class__ is not Tensor and isinstance(input, Proxy):
+            return traced_leaf(self, input)
         batched = input.ndim != self.RANK + 1
         x = input if batched else input.unsqueeze(0)
         if self.padding_mode != "zeros" and x.ndim == self.RANK + 2:  # any other input is refused below

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.nn.base import traced_leaf
 from triton_analog.nn.matrix import AnalogMatrixLayer
 
 
@@ -72,6 +74,8 @@ class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., nx]`` to ``[..., nf]``."""
+        if x.__class__ is not Tensor and isinstance(x, Proxy):
+            return traced_leaf(self, x)
         return self.analog_matmul(x)
 
     def extra_repr(self) -> str:

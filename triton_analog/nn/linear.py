@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.nn.base import traced_leaf
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.one_forward import OneForward
 
@@ -46,6 +48,8 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
 
     def forward(self, input: Tensor, one_forward: OneForward | None = None) -> Tensor:
         """``input [..., K]`` to ``[..., N]``; calls with the same ``one_forward`` are one forward with one weight."""
+        if input.__class__ is not Tensor and isinstance(input, Proxy):
+            return traced_leaf(self, input)
         return self.analog_matmul(input, one_forward)
 
     @classmethod

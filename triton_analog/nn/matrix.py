@@ -30,6 +30,7 @@ from triton_analog.nn.settings import (
     constant,
     decode,
     encode,
+    fault,
     is_static,
     keeps_noise,
     learns_clip,
@@ -235,6 +236,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def _numbers(self) -> Numbers:
         """The config as ``analog_linear`` takes it, checked again whenever it has changed."""
         if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
+            wrong = fault(self.rpu_config)
+            if wrong is not None:
+                raise ConfigError(wrong)
             self._check_state()
             known = settings(self.rpu_config)
             values = constant(tuple(known.values()))

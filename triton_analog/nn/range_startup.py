@@ -12,6 +12,7 @@ from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import update_input_range
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.settings import constant
+from triton_analog.ops._transforms import is_transforming
 from triton_analog.ops.input_range import recomputing
 
 
@@ -28,6 +29,12 @@ class _Ranks:
         return _Ranks, (None if self.group is None else "world",)
 
 
+def _is_stand_in(range_: Tensor | None) -> bool:
+    """Whether ``torch.func.functional_call`` put another tensor in the place of the layer's own. The host knows nothing of
+    what that has seen."""
+    return range_.__class__ is Tensor
+
+
 class RangeStartup(AnalogLayerBase):
     """The part of a layer that sets its stored input ranges from data (SEMANTICS 7).
 
@@ -38,8 +45,10 @@ class RangeStartup(AnalogLayerBase):
     from fewer batches. (An empty batch does not count, except in a process group, where ranks must agree without asking.)
     :meth:`reset_analog_state` starts anew, and loading a state dict goes on where its slowest slice was.
 
-    A compiled forward must not change Python state, so there the device alone ends the start-up, slice by slice, and the
-    statistics go on being launched; they then read nothing but the counter.
+    A compiled forward must not change Python state, and the host knows nothing of the tensors that ``functional_call`` hands
+    a layer. There the device alone ends the start-up, slice by slice, and the statistics go on being launched; they then read
+    nothing but the counter. Transforms of ``torch.func`` cannot change a range in place, so they are refused until the
+    layer's own start-up is over.
     """
 
     rpu_config: TorchInferenceRPUConfig
@@ -86,16 +95,21 @@ class RangeStartup(AnalogLayerBase):
 
     def _range_starts_up(self) -> bool:
         """Whether this forward belongs to the start-up of a stored range."""
-        if not self.training or self.input_range is None:
+        range_ = self.input_range if self.training else None
+        if range_ is None:
             return False
         wanted = self.rpu_config.pre_post.input_range.init_from_data
-        return wanted > 0 and (torch.compiler.is_compiling() or self._forwards_seen < wanted)
+        if wanted <= 0 or torch.compiler.is_compiling() or self._forwards_seen < wanted:
+            return wanted > 0
+        return _is_stand_in(range_) and not is_transforming()
 
     def _learn_range(self, x: Tensor) -> None:
         """Let the range learn from ``x``, in place; not in a forward recomputed in the backward, whose batch was counted."""
         compiling = torch.compiler.is_compiling()
         if not compiling and recomputing():
             return
+        if not compiling and is_transforming():
+            self._refuse_transforms()
         assert self.input_range is not None
         assert self.input_range_update_idx is not None
         range_, group = self.rpu_config.pre_post.input_range, self._statistics_group()
@@ -115,8 +129,17 @@ class RangeStartup(AnalogLayerBase):
             residual=self.input_range_residual,
             process_group=group,
         )
-        if not compiling and (rows.numel() > 0 or group is not None):
+        if not (compiling or _is_stand_in(self.input_range)) and (rows.numel() > 0 or group is not None):
             self._forwards_seen += 1
+
+    def _refuse_transforms(self) -> None:
+        wanted = self.rpu_config.pre_post.input_range.init_from_data
+        raise RuntimeError(
+            f"pre_post.input_range.init_from_data: this {type(self).__name__} still learns its input range from data "
+            f"({self._forwards_seen} of {wanted} training batches seen), which changes buffers in place: transforms of "
+            "torch.func (vmap, grad) cannot follow that. Run those batches without transforms first, or "
+            "calibrate_input_ranges, or set init_from_data = 0, or call model.eval()"
+        )
 
     def _restart_range(self) -> None:
         """The range at its initial value, with the start-up still to come."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
@@ -17,6 +18,7 @@ from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import input_dtype
 from triton_analog.nn import rnn_digital as digital
 from triton_analog.nn import rnn_states as forms
+from triton_analog.nn.base import traced_leaf
 from triton_analog.nn.containers import AnalogContainerBase
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn_cells import AnalogRNNCellBase, State
@@ -181,6 +183,8 @@ class AnalogRNN(AnalogContainerBase):
         Raises:
             TypeError, ValueError: dtypes, devices or shapes outside the above.
         """
+        if input.__class__ is not Tensor and isinstance(input, Proxy):
+            return traced_leaf(self, input, *(() if hx is None else (hx,)))
         self._check_input(input)
         rows = rows_of(input, self.batch_first)
         shape = forms.StateShape(

@@ -52,6 +52,17 @@ def check_config(rpu_config: Any) -> TorchInferenceRPUConfig:
     return rpu_config
 
 
+@torch.compiler.assume_constant_result
+def fault(config: TorchInferenceRPUConfig) -> str | None:
+    """What is wrong with a config that was changed by hand. Compilers take the answer for a constant: all that they read of the
+    config is guarded anyway."""
+    try:
+        config.validate()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
 def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:
     """``config`` as keyword arguments of :func:`triton_analog.functional.analog_linear`, in a training forward."""
     io, modifier, range_ = config.forward, config.modifier, config.pre_post.input_range

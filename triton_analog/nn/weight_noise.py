@@ -15,6 +15,7 @@ from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import modified_weight
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.settings import keeps_noise
+from triton_analog.ops._transforms import is_transforming
 
 TILE_SETTINGS = ("max_input_size", "weight_quantization", "weight_res", "weight_noise", "weight_noise_std", "groups")
 """The numbers that make the tiles' weight."""
@@ -79,7 +80,8 @@ class WeightNoise(AnalogLayerBase):
     its steps. In eager mode a training forward also does it when the weight has changed since (its version, which every
     change in place raises), so that any optimizer will do. It takes ``AnalogOptimizer`` or the call, though,
 
-    - for a compiled forward and one that is captured in a CUDA graph, which only read the seed,
+    - for a compiled forward, one that is captured in a CUDA graph and one under a transform of ``torch.func``, which only read
+      the seed (``randomness`` of ``vmap`` is for noise that is drawn in the forward),
     - for a weight that is frozen,
     - for a weight that is changed behind autograd's back (``weight.data.add_``, sharded parameters, a captured step that is
       replayed): the layer would go on with the noise, and with the noisy weight, of before.
@@ -154,7 +156,8 @@ class WeightNoise(AnalogLayerBase):
         """The seed of the forward, that of its weight noise, and the weight of the tiles with its scale: the noise of this
         step, in one way or the other."""
         assert self.weight_noise_seed is not None
-        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        only_read = torch.compiler.is_compiling() or is_transforming()
+        if only_read or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return None, self.weight_noise_seed, None, None
         # One seed for each forward, for its output noise and, if that is due, for the next noise of the weight. It is drawn in
         # any case: a recomputed forward (activation checkpointing) must draw as often as the first one did.

@@ -8,11 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from triton_analog.launch import runs_kernel
 from triton_analog.launch.plan import picker, planned
+from triton_analog.ops._transforms import (
+    Gradient,
+    NoGradient,
+    batched_gradients,
+    forward_mode,
+    is_transforming,
+    refuse_tracing,
+    transformed,
+)
 
 _LIBRARY = torch.library.Library("triton_analog", "FRAGMENT")
 
@@ -86,12 +96,12 @@ _ALL_FLOATS = frozenset({float})
 
 
 def _is_eager(tensors: Sequence[Any]) -> bool:
-    """Whether nothing but the operators' own code would see a call: no mode, transform, profiler or kind of tensor."""
+    """Whether nothing but the operators' own code would see a call: no mode, profiler or kind of tensor."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
         and not torch.autograd._profiler_enabled()
         and not tensors[0].is_meta
+        and not is_legacy_batchedtensor(tensors[0])
         and not torch.jit.is_tracing()
         # In a list, as a generator takes twice as long.
         and all([x is None or _is_plain(x) for x in tensors])  # noqa: C419
@@ -109,13 +119,10 @@ def _refuse_tangents(name: str, tensors: Sequence[Any]) -> None:
     Raises:
         NotImplementedError: one does.
     """
-    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors):
-        raise NotImplementedError(
-            f"triton_analog::{name} has no forward-mode derivative (torch.func.jvp, dual numbers); use reverse mode, "
-            "torch.autograd.grad, or differentiate a digital copy of the model (convert_to_digital)"
-        )
+        raise forward_mode(name)
 
 
 class Operator:
@@ -124,8 +131,8 @@ class Operator:
     In eager mode its code is called at once; torch's dispatcher takes longer than a small kernel.
     """
 
-    gradient: type[torch.autograd.Function] | None = None
-    """Takes the operator's arguments, and calls it in its forward. Without it no gradient flows, and a backward raises."""
+    gradient: type[Gradient] | None = None
+    """Takes the operator's arguments. Without it no gradient flows, and a backward raises."""
 
     def __init__(
         self,
@@ -154,7 +161,7 @@ class Operator:
         _LIBRARY.define(schema)
         names = tuple(kinds)
         is_tensor = ["Tensor" in kind for kind in kinds.values()]
-        self.name = name
+        self.name, self.mutates = name, mutates
         self._tensors_of = picker(is_tensor)
         self._lists = [i for i, kind in enumerate(kinds.values()) if "[]" in kind]
         self._floats = [i for i, kind in enumerate(kinds.values()) if kind == "float"]
@@ -163,6 +170,7 @@ class Operator:
         self._unless, self._mutated = unless, [names.index(name) for name in mutates]
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, self._run_with_gradient, "Autograd")
+        _LIBRARY.impl(name, lambda *args: transformed(self, args), "FuncTorchDynamicLayerFrontMode")
         fake_run = _by_name(fake, names) if fake else lambda *args: None
         torch.library.register_fake(f"triton_analog::{name}", fake_run, lib=_LIBRARY)
         self.overload = getattr(torch.ops.triton_analog, name).default
@@ -171,16 +179,21 @@ class Operator:
         return self.overload(*args) if torch.compiler.is_dynamo_compiling() else self._run_with_gradient(*args)
 
     def _run_with_gradient(self, *args: Any) -> Any:
+        if is_transforming():
+            return transformed(self, args)
         tensors = self._tensors_of(args)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             if self.gradient is not None:
-                return self.gradient.apply(*args)
-            return _NoGradient.apply(self, *args)
+                return self.gradient.eager.apply(*args)
+            return NoGradient.eager.apply(self, *args)
         _refuse_tangents(self.name, tensors)
         if _is_eager(tensors):
             if not _ALL_FLOATS.issuperset(map(type, self._floats_of(args))):  # the dispatcher would make them so
                 args = tuple([float(arg) if i in self._floats else arg for i, arg in enumerate(args)])
             return self._run(*args)
+        if is_legacy_batchedtensor(tensors[0]):
+            raise batched_gradients(self.name)
+        refuse_tracing(self.name)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
@@ -196,21 +209,6 @@ class Operator:
             if args[i].__class__ is list:  # the dispatcher's, which is not hashable
                 args = (*args[:i], tuple(args[i]), *args[i + 1 :])
         return self._run_kernel(*args)
-
-
-class _NoGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, operator: Operator, *args: Any) -> Any:
-        ctx.name = operator.name
-        out = operator(*args)
-        return tuple(out) if isinstance(out, list) else out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"triton_analog::{ctx.name} has no gradient (there are no gradients of gradients); detach its inputs or "
-            "call it under torch.no_grad()"
-        )
 
 
 def composite(
@@ -234,5 +232,6 @@ def composite(
     """
     schema, _ = _schema(name, declared, types=types, records=records)
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    for key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
+        _LIBRARY.impl(name, function, key)
     return getattr(torch.ops.triton_analog, name).default

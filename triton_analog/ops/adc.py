@@ -23,6 +23,7 @@ from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import saturated, store_bits
+from triton_analog.ops._transforms import Gradient
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
 
@@ -195,14 +196,19 @@ def _fake(y: Tensor, out_bound: float) -> tuple[Tensor, Tensor]:
 _adc = Operator("adc", launch_adc, reference.adc, _fake)
 
 
-class _Adc(torch.autograd.Function):
+class _Adc(Gradient):
+    NAME = "adc"
+
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        out, mask = _adc(*args)
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _adc(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, mask = output
         ctx.save_for_backward(mask)
-        ctx.bounded = args[4] > 0
+        ctx.bounded = inputs[4] > 0
         ctx.mark_non_differentiable(mask)
-        return out, mask
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:

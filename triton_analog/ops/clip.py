@@ -23,6 +23,7 @@ import triton_analog.reference as reference
 from triton_analog.lang import cast
 from triton_analog.launch import block, cdiv, launch, runs_kernel
 from triton_analog.ops import _checks as check
+from triton_analog.ops._transforms import in_place, is_transforming
 from triton_analog.ops.std import merge, merge_all, unbiased_std
 
 PROGRAM = 2**16
@@ -365,5 +366,7 @@ def clip(weights: Sequence[Tensor], sigmas: Sequence[float], channel_dim: int | 
             "that every weight has, counted from 0"
         ),
     )
+    if is_transforming():
+        raise in_place("clip", ["weights"])
     with torch.no_grad():
         _clip([weight.detach() for weight in weights], [float(sigma) for sigma in sigmas], channel_dim, None)

@@ -30,6 +30,7 @@ from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import Operator
+from triton_analog.ops._transforms import Gradient
 from triton_analog.ops.input_range import _input_range_grad
 from triton_analog.reference.grid import half_steps
 
@@ -162,12 +163,17 @@ def _fake(x: Tensor) -> Tensor:
 _dac = Operator("dac", _launch, reference.dac, _fake)
 
 
-class _Dac(torch.autograd.Function):
+class _Dac(Gradient):
+    NAME = "dac"
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, input_range: Tensor, slices: int, inp_res: float, *rule: Any) -> Tensor:
-        ctx.slices, ctx.rule = slices, rule
+    def forward(*args: Any) -> Tensor:
+        return _dac(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, input_range, ctx.slices, _, *ctx.rule = inputs
         ctx.save_for_backward(x, input_range)
-        return _dac(x, input_range, slices, inp_res, *rule)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

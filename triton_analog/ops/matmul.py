@@ -48,6 +48,7 @@ from triton_analog.launch.space import Problem, Space, covers, large_enough, ope
 from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
+from triton_analog.ops._transforms import Gradient
 from triton_analog.ops.dac import SPACE as DAC_SPACE
 from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
 from triton_analog.ops.matmul_backward import _matmul_backward
@@ -444,10 +445,12 @@ def _fake(x: Tensor, weight: Tensor, slices: int, out_bound: float, needs_mask: 
 _matmul = Operator("matmul", launch_matmul, reference.matmul, _fake)
 
 
-class _Matmul(torch.autograd.Function):
+class _Matmul(Gradient):
+    NAME = "matmul"
+
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        x, weight, bias, input_range, ctx.slices, ctx.inp_res, _, _, out_bound, *_, needs_mask = args
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        _, weight, _, _, _, _, _, _, out_bound, *_, needs_mask = args
         check.require(
             needs_mask or out_bound <= 0,
             lambda: (
@@ -457,11 +460,15 @@ class _Matmul(torch.autograd.Function):
         check.require(
             weight.dtype != torch.int8, lambda: "weight: an int8 weight has no backward; run under torch.no_grad()"
         )
-        y, mask = _matmul(*args)
+        return _matmul(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, bias, input_range, ctx.slices, ctx.inp_res, _, _, out_bound, *_ = inputs
+        _, mask = output
         ctx.save_for_backward(x, weight, input_range, mask if out_bound > 0 else None)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mask)
-        return y, mask
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:

@@ -29,6 +29,7 @@ from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._columns import column_masks, load_tile, slice_span, store_tile
 from triton_analog.ops._operator import Operator
+from triton_analog.ops._transforms import Gradient
 from triton_analog.ops.absmax import (
     absmax_of_rows,
     largest_magnitude,
@@ -204,15 +205,20 @@ def _fake(weight: Tensor, slices: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 _weight = Operator("weight", launch_weight, reference.weight, _fake)
 
 
-class _Weight(torch.autograd.Function):
+class _Weight(Gradient):
+    NAME = "weight"
+
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        weight, ctx.slices, clip, ctx.quantization, ctx.res, *_ = args
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _weight(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        weight, ctx.slices, clip, ctx.quantization, ctx.res, *_ = inputs
         ctx.dtype = weight.dtype
         ctx.save_for_backward(*((weight, clip) if clip is not None else ()))
-        out, wmax = _weight(*args)
+        out, wmax = output
         ctx.mark_non_differentiable(wmax, *(() if out.is_floating_point() else (out,)))
-        return out, wmax
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,29 @@ from triton_analog.tuning.measure import tune
 
 
 def results_directory() -> Path:
-    """Where results are kept: ``$TRITON_ANALOG_TUNING_DIR``, else the user's cache."""
-    return store.search_path(environment.tuning_directory())[0]
+    """Where results are kept: ``$TRITON_ANALOG_TUNING_DIR``, else the user's cache.
+
+    Raises:
+        OSError: there is neither.
+    """
+    return store.results_directory(environment.tuning_directory())
+
+
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, TuningWarning, stacklevel=4)
 
 
 def keep(space: Space[Any], problem: Problem, entry: Entry) -> None:
     """Add an entry to the user's files; a disk that is full or read-only costs the entry and nothing else."""
     hardware = problem.hardware
     try:
-        store.add(results_directory(), Table(space.op, hardware.name, hardware.target, (entry,)))
+        directory = results_directory()
+    except OSError as error:
+        _say_once(f"tuned configurations are not kept: {error}")
+        return
+    try:
+        store.add(directory, Table(space.op, hardware.name, hardware.target, (entry,)))
     except (OSError, ValueError) as error:
         warnings.warn(f"the tuned configuration of {space.op} was not kept: {error}", TuningWarning, stacklevel=2)
 

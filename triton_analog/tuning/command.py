@@ -18,6 +18,7 @@ from triton_analog.launch import Hardware, environment, hardware, named_hardware
 from triton_analog.launch.lookup import explain
 from triton_analog.launch.space import Problem, Space
 from triton_analog.launch.store import Entry
+from triton_analog.launch.writable import check_writable
 from triton_analog.tuning import tables
 from triton_analog.tuning.audit import audit
 from triton_analog.tuning.autotune import results_directory
@@ -146,13 +147,29 @@ def _progress() -> Progress:
     return Progress(TextColumn("{task.description}"), *columns, console=tables.console(stderr=True))
 
 
-def _sweep(options: argparse.Namespace) -> int:
+def _place_for_results(options: argparse.Namespace) -> Path:
+    """Where results go, once it is known that they can be written there.
+
+    Raises:
+        OSError: They cannot.
+    """
     directory = options.into or results_directory()
+    check_writable(directory)
+    return directory
+
+
+def _where(what: str, directory: Path) -> str:
+    """For a command that ended early."""
+    return f"what was {what} is in {directory}" if any(directory.glob("*/*.json")) else "nothing was written"
+
+
+def _sweep(options: argparse.Namespace) -> int:
     on = devices()
     here = hardware(on[0])
     if not runs_kernel(torch.empty(1, device=on[0])):
         print("error: there is no GPU to measure on; --static needs none", file=sys.stderr)
         return 1
+    directory = _place_for_results(options)
     mine = share([job_of(space.op, problem) for space, problem in _problems(options, here)])
     before = {} if options.again else {job: measured_before(job, here, directory) for job in mine}
     results = [Done(job, here, entry) for job, entry in before.items() if entry is not None]
@@ -167,10 +184,10 @@ def _sweep(options: argparse.Namespace) -> int:
                 options.exhaustive,
             )  # fmt: skip
     except KeyboardInterrupt:
-        print(f"stopped; what was measured is in {directory}. The same command goes on from there.", file=sys.stderr)
+        print(f"stopped; {_where('measured', directory)}. The same command goes on from there.", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
-        print(f"error: {error}; what was measured before is in {directory}", file=sys.stderr)
+        print(f"error: {error}; {_where('measured before', directory)}", file=sys.stderr)
         return 1
     results = share_results(results, directory)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -200,15 +217,15 @@ def _ranked(gpu: str, directory: Path, options: argparse.Namespace) -> list[tupl
 
 
 def _static_sweep(options: argparse.Namespace) -> int:
-    directory = options.into or results_directory()
+    directory = _place_for_results(options)
     try:
         for gpu in options.gpu or gpus_of(options.target):
             tables.print_gains(_ranked(gpu, directory, options))
     except KeyboardInterrupt:
-        print(f"stopped; what was ranked is in {directory}", file=sys.stderr)
+        print(f"stopped; {_where('ranked', directory)}", file=sys.stderr)
         return 130
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}; what was ranked before is in {directory}", file=sys.stderr)
+        print(f"error: {error}; {_where('ranked before', directory)}", file=sys.stderr)
         return 1
     return 0
 
@@ -234,19 +251,35 @@ def _show(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for directory in options.directories:
         if not directory.is_dir():
-            parser.error(f"directories: {directory} is not a folder")
+            why = "is not a folder" if directory.exists() else "does not exist"
+            parser.error(f"directories: {directory} {why}")
+        if not list(directory.glob("*/*.json")) and list(directory.glob("*.json")):
+            parser.error(f"directories: {directory} is the folder of one GPU; give {directory.absolute().parent}")
     directories = options.directories or store.search_path(environment.tuning_directory())
     findings = [finding for directory in directories for finding in audit(directory)]
     for path, text in findings:
         print(f"{path}: {text}")
-    print(f"{len(findings)} findings in {', '.join(map(str, directories))}", file=sys.stderr)
+    places = [f"{place}: {_content(place)}" for place in directories]
+    print(f"{len(findings)} findings in {', '.join(places)}", file=sys.stderr)
     return 1 if findings else 0
 
 
+def _content(directory: Path) -> str:
+    if not directory.is_dir():
+        return "does not exist"
+    count = len(list(directory.glob("*/*.json")))
+    return "1 file" if count == 1 else f"{count} files"
+
+
 def _merge(options: argparse.Namespace) -> int:
-    directory = options.into or results_directory()
+    directory = _place_for_results(options)
     failed = 0
     for path in options.files:
+        if not path.is_file():
+            why = f"is a folder; give its files, {path}/*/*.json" if path.is_dir() else "does not exist"
+            print(f"error: {path}: {why}", file=sys.stderr)
+            failed = 1
+            continue
         table = store.read(path)
         if table is None:
             print(f"error: {path}: no tuning file that can be read", file=sys.stderr)
@@ -284,6 +317,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 1 if anything was found wrong."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    try:
+        return _run(options, parser)
+    except OSError as error:  # there is no place for results
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.command == "sweep" and not options.static:
         if options.target or options.gpu or options.jobs:
             parser.error(

@@ -14,13 +14,15 @@ DEVICE_STREAM = 2**30
 """Device ``d`` of a cell draws from the streams ``DEVICE_STREAM + 8 * d`` and up: programming, drift, spread, read, stuck."""
 PROGRAMMING, DRIFT, SPREAD, READ, STUCK = range(5)
 CELLS = ("pair", "single", "signed")
+LARGEST = 1.5
+"""Where the curves end, in units of ``g_max``: programming may miss upwards."""
 TINY = 2.0**-100
 
 
 def curve_at(curves: Tensor, r: Tensor, column: int) -> Tensor:
-    """Curve ``column`` of ``curves [knots, 4]`` at ``r``, between the knots ``(i / (knots - 1))**2`` a straight line."""
+    """Curve ``column`` of ``curves [knots, 4]`` at ``r``: straight lines between the knots ``LARGEST * (i / (knots - 1))**2``."""
     knots = len(curves)
-    position = r.nan_to_num(0.0).clamp(0.0, 1.0).sqrt() * (knots - 1)
+    position = (r.nan_to_num(0.0).clamp(0.0, LARGEST) / LARGEST).sqrt() * (knots - 1)
     i = position.to(torch.int64).clamp(max=knots - 2)
     first, second = curves[:, column][i], curves[:, column][i + 1]
     return first + (position - i) * (second - first)
@@ -60,7 +62,7 @@ def program(
 
     def device(g: Tensor, number: int) -> Tensor:
         r = g / g_max
-        held = (g + curve_at(curves, r, 0) * normals(number, PROGRAMMING)).clamp(lowest, highest)
+        held = (g + curve_at(curves, r, 0) * normals(number, PROGRAMMING)).clamp(min=min(lowest, 0.0))
         now = held
         if log2_time > 0:
             exponent = curve_at(curves, r, 1) + curve_at(curves, r, 2) * normals(number, DRIFT)

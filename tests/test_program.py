@@ -38,7 +38,7 @@ def formula(weight: float, wmax: float, place: tuple[int, int], seed: Tensor, ce
     table = curves(torch.device("cpu")).double()
 
     def law(column: int, g: float) -> float:
-        x = math.sqrt(min(max(g / at["g_max"], 0.0), 1.0)) * (KNOTS - 1)
+        x = math.sqrt(min(max(g / at["g_max"], 0.0), 1.5) / 1.5) * (KNOTS - 1)
         i = min(int(x), KNOTS - 2)
         return float(table[i, column] + (x - i) * (table[i + 1, column] - table[i, column]))
 
@@ -50,7 +50,7 @@ def formula(weight: float, wmax: float, place: tuple[int, int], seed: Tensor, ce
         def within(v: float) -> float:
             return min(max(v, at["lowest"]), at["highest"])
 
-        held = now = within(g + law(0, g) * normal(device, 0))
+        held = now = max(g + law(0, g) * normal(device, 0), min(at["lowest"], 0.0))
         now *= 2 ** (-at["log2_time"] * abs(law(1, g) + law(2, g) * normal(device, 1)))
         now += at["shift"] + at["spread"] * normal(device, 2)
         now = within(now + abs(now) * law(3, held) * at["read"] * normal(device, 3, at["moment"]))

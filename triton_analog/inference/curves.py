@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from triton_analog.reference.program import LARGEST
+
 KNOTS = 1024
 """Enough that a straight line between two knots is off by less than ``1e-4`` of the laws here."""
 
 
 def knots() -> Tensor:
-    """Relative conductances ``(i / (KNOTS - 1))**2``, fp64 ``[KNOTS]``: dense near 0, where the laws are steep."""
-    return (torch.arange(KNOTS, dtype=torch.float64) / (KNOTS - 1)) ** 2
+    """Relative conductances, fp64 ``[KNOTS]``: dense near 0, where the laws are steep, and beyond 1, as programming may miss."""
+    return LARGEST * (torch.arange(KNOTS, dtype=torch.float64) / (KNOTS - 1)) ** 2
 
 
 def polynomial(coefficients: Sequence[float], r: Tensor) -> Tensor:

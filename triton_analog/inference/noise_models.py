@@ -81,7 +81,7 @@ class NoiseModel(ABC):
             worst = int(torch.where(values.isnan(), -inf, values).argmin())
             if not values[worst] >= 0:
                 raise ValueError(
-                    f"{type(self).__name__}.{law}: is {values[worst]:g} at {r[worst] * self.g_max:g} uS; a deviation must be "
+                    f"{type(self).__name__}.{law}: is {values[worst]:g} at {min(r[worst], 1.0) * self.g_max:g} uS; a deviation must be "
                     f">= 0 from 0 to g_max, {self.g_max:g} uS"
                 )
 
@@ -109,13 +109,16 @@ class NoiseModel(ABC):
     # ---- What the operation takes -------------------------------------------------------------------------------------
 
     def _curves(self, time: float | None) -> Tensor:
+        """fp64; of what is wanted, which is ``g_max`` at most, and the read noise of what was programmed."""
         r = knots()
+        wanted = r.clamp(max=1.0)
+        read = self.read_factor(r)
         return torch.stack(
             [
-                self.prog_noise_scale * self.programming_std(r, time),
-                self.drift_scale * self.drift_mean(r),
-                self.drift_scale * self.drift_std(r),
-                self.read_noise_scale * self.read_factor(r),
+                self.prog_noise_scale * self.programming_std(wanted, time),
+                self.drift_scale * self.drift_mean(wanted),
+                self.drift_scale * self.drift_std(wanted),
+                self.read_noise_scale * torch.where(r > 1.0, read.clamp(min=0.0), read),
             ],
             1,
         )

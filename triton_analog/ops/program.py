@@ -21,16 +21,18 @@ from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import Operator
 from triton_analog.reference.program import CELLS
 from triton_analog.reference.program import DEVICE_STREAM as FIRST_STREAM
+from triton_analog.reference.program import LARGEST as reference_largest
 
 DEVICE_STREAM = tl.constexpr(FIRST_STREAM)
+LARGEST = tl.constexpr(reference_largest)
 BLOCK_N, BLOCK_K = 32, 64
 
 
 @triton.jit
 def curve_at(curves_ptr, r, COLUMN: tl.constexpr, KNOTS: tl.constexpr):
-    """Curve ``COLUMN`` of ``curves [KNOTS, 4]`` at ``r``: knots lie at ``(i / (KNOTS - 1))**2``, straight lines between."""
-    inside = tl.minimum(tl.maximum(tl.where(r == r, r, 0.0), 0.0), 1.0)
-    position = tl.sqrt(inside) * (KNOTS - 1)
+    """Curve ``COLUMN`` of ``curves [KNOTS, 4]`` at ``r``: straight lines between the knots ``LARGEST * (i / (KNOTS - 1))**2``."""
+    inside = tl.minimum(tl.maximum(tl.where(r == r, r, 0.0), 0.0), LARGEST)
+    position = tl.sqrt(inside / LARGEST) * (KNOTS - 1)
     i = tl.minimum(position.to(tl.int32), KNOTS - 2)
     first = tl.load(curves_ptr + i * 4 + COLUMN)
     second = tl.load(curves_ptr + i * 4 + (4 + COLUMN))
@@ -53,7 +55,7 @@ def device(
     STREAM: tl.constexpr = DEVICE_STREAM + 8 * NUMBER
     r = g / g_max
     held = g + curve_at(curves_ptr, r, 0, KNOTS) * normal_tile(seed, n, k, 0, STREAM, ROWS, COLUMNS)
-    held = within(held, lowest, highest)
+    held = within(held, tl.minimum(lowest, 0.0), float("inf"))
     now = held
     if DRIFTS:
         z = normal_tile(seed, n, k, 0, STREAM + 1, ROWS, COLUMNS)
@@ -190,7 +192,7 @@ def program(
         wmax: The weight that a cell's largest conductance stands for, ``[S, N]``, or ``[S, 1]`` for one per slice.
         seed: int64 tensor with one element: the chip.
         curves: fp32 ``[knots, 4]``, at least two knots: of a device of relative conductance ``r = g / g_max``, at the knots
-            ``r = (i / (knots - 1))**2``, the deviation of programming (microsiemens), the mean and the deviation of the
+            ``r = 1.5 * (i / (knots - 1))**2``, the deviation of programming (microsiemens), the mean and the deviation of the
             drift's exponent, and the factor of the read noise.
         cell: ``"pair"``: two devices, one for each sign; ``"single"``: one device, whose range stands for both;
             ``"signed"``: one number with its sign, to whose magnitude ``curves`` apply.
@@ -201,7 +203,7 @@ def program(
         read: ``sqrt(ln((t + t_0 + t_read) / (2 t_read)))``, times any scale; 0: no read noise.
         shift: Added to each conductance after the drift.
         spread: Deviation of what is added beside it, once per device.
-        lowest: Smallest conductance that noise may give.
+        lowest: Smallest conductance that is read (what is programmed may be smaller, but not below 0 unless ``lowest`` is).
         highest: Largest.
         stuck_low: Devices whose own normal is below it stay at ``g_min``.
         stuck_high: Devices whose own normal is above it stay at ``g_max``.

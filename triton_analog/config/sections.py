@@ -1,0 +1,122 @@
+"""The sections of a config: dataclasses with AIHWKIT's names and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from triton_analog.config.enums import (
+    SavedInput,
+    WeightClipType,
+    WeightNoiseInjectionType,
+    WeightNoiseRefresh,
+    WeightQuantizationType,
+)
+
+_changes = 0
+
+
+def changes() -> int:
+    """How often a field of any config was set in this process: while this number stays, no config has changed."""
+    return _changes
+
+
+class Section:
+    """Counts what is set, so that layers need not compare their configs in every forward."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        global _changes
+        _changes += 1
+        object.__setattr__(self, name, value)
+
+
+@dataclass(slots=True)
+class IOParameters(Section):
+    """The analog matrix product: converters at its input (DAC) and output (ADC), and the noise at its output.
+
+    A resolution is a number of steps (``2**8 - 2``), its inverse (``1 / 254``), or ``<= 0`` for off. Everything here
+    needs an input range (``pre_post.input_range.enable``).
+    """
+
+    inp_res: float = -1.0
+    """Resolution of the DAC."""
+    out_noise: float = 0.0
+    """Standard deviation of the output noise, in units of input range times largest weight; training only. 0 is off."""
+    out_noise_per_channel: bool = False
+    """Scale the output noise by the largest weight of each output channel instead of the slice's."""
+    out_bound: float = 0.0
+    """Largest output, in units of input range times largest weight. ``<= 0`` is off."""
+    out_res: float = -1.0
+    """Resolution of the ADC; needs ``out_bound > 0``."""
+    save_input: SavedInput = SavedInput.FULL
+    """What the backward keeps of the input."""
+
+
+@dataclass(slots=True)
+class WeightClipParameter(Section):
+    """How large the weights may become."""
+
+    sigma: float = -1.0
+    """Standard deviations allowed by the ``LAYER_GAUSSIAN`` kinds."""
+    type: WeightClipType = WeightClipType.NONE
+    """The kind of limit."""
+
+
+@dataclass(slots=True)
+class WeightModifierParameter(Section):
+    """What the forward does to the weights. The stored weights are never changed by it."""
+
+    std_dev: float = 0.0
+    """Standard deviation of the weight noise, relative to the largest weight."""
+    res: float = 0.0
+    """Number of weight states or its inverse."""
+    noise_type: WeightNoiseInjectionType = WeightNoiseInjectionType.NONE
+    """The kind of noise."""
+    quantization_type: WeightQuantizationType = WeightQuantizationType.NONE
+    """The kind of quantization; needs ``res``."""
+    refresh: WeightNoiseRefresh = WeightNoiseRefresh.FORWARD
+    """How long the noise lasts."""
+
+
+@dataclass(slots=True)
+class MappingParameter(Section):
+    """How a weight matrix is mapped to analog tiles."""
+
+    max_input_size: int = -1
+    """Most input features a tile takes; more are cut into nearly equal slices. ``<= 0`` is no limit."""
+
+
+@dataclass(slots=True)
+class InputRangeParameter(Section):
+    """The range that inputs are clamped to and the DAC spans, one per slice."""
+
+    enable: bool = False
+    """Use an input range at all."""
+    dynamic: bool = False
+    """Take the range from each row of the input instead of a stored value."""
+    fast_mode: bool = False
+    """Find a stored range from running extreme values instead of standard deviations."""
+    act_range_momentum: float = 0.95
+    """Weight of the old extreme values in fast mode; -1 keeps the all-time extremes."""
+    learn_input_range: bool = True
+    """Train the stored range by gradient descent."""
+    init_value: float = 3.0
+    """The stored range before any data."""
+    init_from_data: int = 100
+    """Number of training batches that set the stored range. ``<= 0`` is off."""
+    init_std_alpha: float = 3.0
+    """Standard deviations of the data that those batches aim at."""
+    decay: float = 0.001
+    """Pull of a learned range towards 0 while few inputs are clamped."""
+    input_min_percentage: float = 0.95
+    """Share of inputs inside the range above which ``decay`` acts."""
+
+
+@dataclass(slots=True)
+class PrePostProcessingParameter(Section):
+    """Digital processing around the tiles."""
+
+    input_range: InputRangeParameter = field(default_factory=InputRangeParameter)
+    """The input range."""

@@ -4,6 +4,7 @@ Only the layers read these objects. Operations and :mod:`triton_analog.functiona
 """
 
 from triton_analog.config.checks import ConfigError
+from triton_analog.config.effects import ConfigWarning
 from triton_analog.config.enums import (
     SavedInput,
     WeightClipType,
@@ -24,6 +25,7 @@ from triton_analog.config.sections import (
 
 __all__ = [
     "ConfigError",
+    "ConfigWarning",
     "IOParameters",
     "InputRangeParameter",
     "MappingParameter",

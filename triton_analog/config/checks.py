@@ -43,7 +43,9 @@ def check_types(section: Any, path: str) -> None:
             require(number, here, value, "a finite Python number is needed")
         elif isinstance(kind, type) and issubclass(kind, Enum):
             names = ", ".join(f"{kind.__name__}.{member.name}" for member in kind)
-            require(isinstance(value, kind), here, value, f"allowed are {names}")
+            other = type(value)
+            of_others = f", and that is of {other.__module__}.{other.__qualname__}" if isinstance(value, Enum) else ""
+            require(isinstance(value, kind), here, value, f"allowed are {names}{of_others}")
 
 
 def check_resolution(path: str, res: float) -> None:

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from triton_analog.config.checks import require
+from triton_analog.hints import did_you_mean
 
 
 def to_dict(section: Any) -> dict[str, Any]:
@@ -34,13 +35,15 @@ def fill(section: Any, values: Any, path: str) -> None:
     names = [f.name for f in fields(section)]
     for name, value in values.items():
         here = f"{path}{name}"
-        require(name in names, here, value, f"unknown field; {type(section).__name__} has {', '.join(names)}")
+        known = f"unknown field; {type(section).__name__} has {', '.join(names)}"
+        require(name in names, here, value, known + did_you_mean(str(name), names, "", lead="; "))
         current = getattr(section, name)
         if is_dataclass(current):
             fill(current, value, here + ".")
         elif isinstance(current, Enum):
             members = type(current).__members__
-            require(isinstance(value, str) and value in members, here, value, f"allowed are {', '.join(members)}")
+            allowed = f"allowed are {', '.join(members)}" + did_you_mean(str(value), members, "", lead="; ")
+            require(isinstance(value, str) and value in members, here, value, allowed)
             setattr(section, name, members[value])
         else:
             setattr(section, name, value)

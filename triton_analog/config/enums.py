@@ -2,10 +2,46 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, EnumMeta
+from typing import TYPE_CHECKING, Any
+
+from triton_analog.hints import did_you_mean
 
 
-class WeightNoiseInjectionType(Enum):
+class _SpelledEnumMeta(EnumMeta):
+    """Names the member that a misspelt one was meant to be."""
+
+    def __getitem__(cls, name: str) -> Any:
+        if name not in cls.__members__:
+            raise KeyError(_unknown(cls, name))
+        return super().__getitem__(name)
+
+    if not TYPE_CHECKING:  # a checker would take every name for a member
+
+        def __getattr__(cls, name: str) -> Any:
+            if name.startswith("_"):  # asked for while the class is made, before it has members
+                raise AttributeError(name)
+            if name in cls.__members__:  # found here by Pythons before 3.12
+                return cls.__members__[name]
+            raise AttributeError(_unknown(cls, name), name=name, obj=cls)
+
+
+def _unknown(kind: Any, name: Any) -> str:
+    allowed = f"allowed are {', '.join(kind.__members__)}"
+    return f"{kind.__name__}: got {name!r}; {did_you_mean(str(name), kind.__members__, allowed)}"
+
+
+class SpelledEnum(Enum, metaclass=_SpelledEnumMeta):
+    """An enum whose errors say which member may have been meant."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        names = {str(member.value): member.name for member in cls} | {name: name for name in cls.__members__}
+        known = did_you_mean(str(value), names, f"allowed are {', '.join(map(str, cls))}")
+        raise ValueError(f"{cls.__name__}: got {value!r}; {known}")
+
+
+class WeightNoiseInjectionType(SpelledEnum):
     """Noise added to the weights in each training forward."""
 
     NONE = "None"
@@ -16,7 +52,7 @@ class WeightNoiseInjectionType(Enum):
     """Gaussian, scaled by the largest weight of each output channel in the slice."""
 
 
-class WeightNoiseRefresh(Enum):
+class WeightNoiseRefresh(SpelledEnum):
     """How long weight noise lasts."""
 
     FORWARD = "Forward"
@@ -25,7 +61,7 @@ class WeightNoiseRefresh(Enum):
     """New noise after each optimizer step: all micro-batches of a gradient accumulation see the same noisy weight."""
 
 
-class WeightQuantizationType(Enum):
+class WeightQuantizationType(SpelledEnum):
     """Rounding of the weights to a grid, in training and evaluation."""
 
     NONE = "None"
@@ -36,7 +72,7 @@ class WeightQuantizationType(Enum):
     """One scale per slice and output channel."""
 
 
-class WeightClipType(Enum):
+class WeightClipType(SpelledEnum):
     """Limit on the magnitude of the weights."""
 
     NONE = "None"
@@ -49,7 +85,7 @@ class WeightClipType(Enum):
     """In the forward, a learned limit per slice and output channel."""
 
 
-class SavedInput(Enum):
+class SavedInput(SpelledEnum):
     """What a training forward keeps of its input for the backward."""
 
     FULL = "Full"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from triton_analog.config import checks, dictionaries
+from triton_analog.config import checks, dictionaries, effects
 from triton_analog.config.sections import (
     IOParameters,
     MappingParameter,
@@ -18,8 +18,14 @@ from triton_analog.config.sections import (
 C = TypeVar("C", bound="TorchInferenceRPUConfig")
 
 
-@dataclass(slots=True)
-class TorchInferenceRPUConfig(Section):
+class _Holder(Section):
+    """Room for what was told of the layers of a config (:func:`effects.told_of`), which is no part of what it says."""
+
+    __slots__ = ("_told",)
+
+
+@dataclass(slots=True, repr=False)
+class TorchInferenceRPUConfig(_Holder):
     """Everything an analog layer simulates. The default simulates nothing: the layer computes what its torch one does."""
 
     forward: IOParameters = field(default_factory=IOParameters)
@@ -44,6 +50,19 @@ class TorchInferenceRPUConfig(Section):
         checks.check_forward(self.forward, self.pre_post.input_range.enable)
         checks.check_clip(self.clip)
         checks.check_modifier(self.modifier, self.clip.type)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+        idle = ", ".join(remark.path for remark in effects.without_effect(self))
+        return f"{type(self).__name__}({parts})" + (f"  # without effect: {idle}" if idle else "")
+
+    __str__ = __repr__
+
+    def marked_changes(self) -> list[str]:
+        """:meth:`changes` as ``path=value``, with those marked that cannot act as the other settings are."""
+        idle = {remark.path for remark in effects.without_effect(self)}
+        marks = {path: " (no effect)" if path in idle else "" for path in self.changes()}
+        return [f"{path}={value}{marks[path]}" for path, value in self.changes().items()]
 
     def changes(self) -> dict[str, Any]:
         """Every field that differs from its default, by path, with enums by name."""

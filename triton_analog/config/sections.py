@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import inspect
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from triton_analog.config.enums import (
     SavedInput,
@@ -12,6 +13,7 @@ from triton_analog.config.enums import (
     WeightNoiseRefresh,
     WeightQuantizationType,
 )
+from triton_analog.hints import did_you_mean
 
 _changes = 0
 
@@ -22,14 +24,42 @@ def changes() -> int:
 
 
 class Section:
-    """Counts what is set, so that layers need not compare their configs in every forward."""
+    """Counts what is set, so that layers need not compare their configs in every forward, and names misspelt fields."""
 
     __slots__ = ()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        global _changes
-        _changes += 1
-        object.__setattr__(self, name, value)
+    def __new__(cls, *args: Any, **values: Any) -> Any:
+        if values:
+            known = inspect.signature(cls.__init__).parameters
+            unknown = next((name for name in values if name not in known), None)
+            if unknown is not None and not any(one.kind is one.VAR_KEYWORD for one in known.values()):
+                raise TypeError(_unknown(cls, unknown))
+        return super().__new__(cls)
+
+    if not TYPE_CHECKING:  # a checker would then allow every name
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            global _changes
+            known = name.startswith("_") or hasattr(type(self), name) or name in self.__dataclass_fields__
+            # A preset that is no slotted class would take any name, and a misspelt field would be lost.
+            if not known and (not hasattr(self, "__dict__") or did_you_mean(name, self.__dataclass_fields__, "")):
+                raise AttributeError(_unknown(type(self), name, self))
+            object.__setattr__(self, name, value)
+            _changes += 1
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_") or name in self.__dataclass_fields__:  # asked for by copies that are not filled yet
+                raise AttributeError(name)
+            raise AttributeError(_unknown(type(self), name, self))
+
+
+def _unknown(kind: Any, name: str, section: Any = None) -> str:
+    """What to say of a field ``name`` that the class ``kind`` does not have; of ``section``, if there is an instance."""
+    names = [f.name for f in fields(kind)]
+    for outer in names if section is not None else ():
+        if name in getattr(getattr(section, outer), "__dataclass_fields__", ()):
+            return f"{kind.__name__} has no field {name!r} itself; it is {outer}.{name}"
+    return f"{kind.__name__} has no field {name!r}; {did_you_mean(name, names, 'it has ' + ', '.join(names))}"
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.settings import refuse_config
 from triton_analog.reference import Patches
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -50,6 +51,7 @@ class _AnalogConv(AnalogMatrixLayer):
         dtype: torch.dtype | None = None,
         rpu_config: TorchInferenceRPUConfig | None = None,
     ) -> None:
+        refuse_config(locals())
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels < 1:
                 raise ValueError(f"{name}: got {channels}; a tile needs at least 1")

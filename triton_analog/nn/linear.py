@@ -11,6 +11,7 @@ from typing_extensions import Self
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.one_forward import OneForward
+from triton_analog.nn.settings import refuse_config
 
 
 class AnalogLinear(AnalogMatrixLayer, nn.Linear):
@@ -38,6 +39,7 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
         dtype: torch.dtype | None = None,
         rpu_config: TorchInferenceRPUConfig | None = None,
     ) -> None:
+        refuse_config(locals())
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if size < 1:
                 raise ValueError(f"{name}: got {size}; a tile needs at least 1")

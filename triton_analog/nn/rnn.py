@@ -22,6 +22,7 @@ from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn_cells import AnalogRNNCellBase, State
 from triton_analog.nn.rnn_names import load_torch_names, save_torch_names
 from triton_analog.nn.rnn_sequence import in_form_of, rows_of, run, run_reverse
+from triton_analog.nn.settings import refuse_config
 
 
 class AnalogRNN(AnalogContainerBase):
@@ -92,6 +93,7 @@ class AnalogRNN(AnalogContainerBase):
         *,
         nonlinearity: str = "tanh",
     ) -> None:
+        refuse_config(locals())
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             if size < 1:

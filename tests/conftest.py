@@ -74,7 +74,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def aihwkit() -> Any:
     """The package, for tests that need it; it warns while it is imported."""
-    pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
+    pytest.importorskip(
+        "aihwkit", reason="aihwkit is an optional peer: pip install --only-binary :all: --no-deps aihwkit==1.1.0"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import aihwkit.nn

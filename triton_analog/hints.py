@@ -6,7 +6,6 @@ import difflib
 import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 _INSIDE = ("triton_analog", "torch", "contextlib")
 """Packages whose frames lie between a warning and the line of the user that it is about."""
@@ -28,15 +27,17 @@ def bits_for_steps(res: float) -> str | None:
     return f"that is {steps:g} steps, not bits: {bits} bits are 2**{bits} - 2 = {2**bits - 2} steps"
 
 
-def users_line() -> tuple[int, Any]:
-    """How many frames above the caller of this function the code of the user is, as ``stacklevel`` counts them, and its frame."""
+def _users_level() -> int:
+    """The ``stacklevel`` of a warning of this function's caller that is about the line of the user."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _INSIDE:
-        level, frame = level + 1, frame.f_back
-    return level, frame
+        frame = frame.f_back
+        while frame.f_back is not None and "importlib._bootstrap" in frame.f_code.co_filename:
+            frame = frame.f_back  # these do not count
+        level += 1
+    return level
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the user that led here."""
-    level, _ = users_line()
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(message, category, stacklevel=_users_level())

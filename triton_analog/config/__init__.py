@@ -3,15 +3,16 @@
 Only the layers read these objects. Operations and :mod:`triton_analog.functional` take numbers and tensors.
 """
 
-from triton_analog.config.checks import ConfigError
 from triton_analog.config.effects import ConfigWarning
 from triton_analog.config.enums import (
     SavedInput,
     WeightClipType,
+    WeightModifierType,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
     WeightQuantizationType,
 )
+from triton_analog.config.errors import ConfigError
 from triton_analog.config.rpu_config import TorchInferenceRPUConfig
 from triton_analog.config.sections import (
     InputRangeParameter,
@@ -35,6 +36,7 @@ __all__ = [
     "WeightClipParameter",
     "WeightClipType",
     "WeightModifierParameter",
+    "WeightModifierType",
     "WeightNoiseInjectionType",
     "WeightNoiseRefresh",
     "WeightQuantizationType",

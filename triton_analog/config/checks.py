@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any, get_type_hints
 
 from triton_analog.config.enums import SavedInput, WeightClipType, WeightQuantizationType
+from triton_analog.config.errors import ConfigError
 from triton_analog.config.sections import (
     InputRangeParameter,
     IOParameters,
@@ -15,10 +16,6 @@ from triton_analog.config.sections import (
     WeightModifierParameter,
 )
 from triton_analog.reference.grid import MAX_STEPS
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be simulated. The message names the field, the value, what is allowed and a remedy."""
 
 
 def require(condition: bool, path: str, value: Any, rule: str) -> None:

@@ -93,3 +93,28 @@ class SavedInput(SpelledEnum):
     INT8 = "Int8"
     """The DAC's integers and two flags per element, five eighths of the bytes of bf16, for one more read of the input; the
     gradients are the same. Needs ``inp_res`` of 2 to 254 steps."""
+
+
+class WeightModifierType(SpelledEnum):
+    """Noise and quantization in one kind, as version 1 of AIHWKIT-Lightning has them. Deprecated."""
+
+    NONE = "None"
+    DISCRETIZE = "Discretize"
+    DISCRETIZE_PER_CHANNEL = "DiscretizePerChannel"
+    ADD_NORMAL = "AddNormal"
+    ADD_NORMAL_PER_CHANNEL = "AddNormalPerChannel"
+    DISCRETIZE_ADD_NORMAL = "DiscretizeAddNormal"
+    DISCRETIZE_ADD_NORMAL_PER_CHANNEL = "DiscretizeAddNormalPerChannel"
+
+
+_N, _Q, _M = WeightNoiseInjectionType, WeightQuantizationType, WeightModifierType
+MODIFIER_KINDS = {
+    _M.NONE: (_N.NONE, _Q.NONE),
+    _M.DISCRETIZE: (_N.NONE, _Q.DISCRETIZE),
+    _M.DISCRETIZE_PER_CHANNEL: (_N.NONE, _Q.DISCRETIZE_PER_CHANNEL),
+    _M.ADD_NORMAL: (_N.ADD_NORMAL, _Q.NONE),
+    _M.ADD_NORMAL_PER_CHANNEL: (_N.ADD_NORMAL_PER_CHANNEL, _Q.NONE),
+    _M.DISCRETIZE_ADD_NORMAL: (_N.ADD_NORMAL, _Q.DISCRETIZE),
+    _M.DISCRETIZE_ADD_NORMAL_PER_CHANNEL: (_N.ADD_NORMAL_PER_CHANNEL, _Q.DISCRETIZE_PER_CHANNEL),
+}
+"""Of each kind of version 1, what it is now."""

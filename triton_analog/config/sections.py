@@ -7,13 +7,16 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from triton_analog.config.enums import (
+    MODIFIER_KINDS,
     SavedInput,
     WeightClipType,
+    WeightModifierType,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
     WeightQuantizationType,
 )
-from triton_analog.hints import did_you_mean
+from triton_analog.config.errors import ConfigError
+from triton_analog.hints import did_you_mean, warn_user
 
 _changes = 0
 
@@ -108,6 +111,65 @@ class WeightModifierParameter(Section):
     """The kind of quantization; needs ``res``."""
     refresh: WeightNoiseRefresh = WeightNoiseRefresh.FORWARD
     """How long the noise lasts."""
+
+    def __init__(
+        self,
+        std_dev: float = 0.0,
+        res: float = 0.0,
+        noise_type: WeightNoiseInjectionType = WeightNoiseInjectionType.NONE,
+        quantization_type: WeightQuantizationType = WeightQuantizationType.NONE,
+        refresh: WeightNoiseRefresh = WeightNoiseRefresh.FORWARD,
+        *,
+        type: WeightModifierType = WeightModifierType.NONE,
+        enable_during_test: bool = False,
+    ) -> None:
+        self.std_dev, self.res, self.refresh = std_dev, res, refresh
+        self.noise_type, self.quantization_type = noise_type, quantization_type
+        if type is not WeightModifierType.NONE:
+            self.type = type
+        self.enable_during_test = enable_during_test
+
+    @property
+    def type(self) -> WeightModifierType:
+        """Both kinds in one, as version 1 of AIHWKIT-Lightning has it. Deprecated: setting it sets ``noise_type`` and
+        ``quantization_type``, and warns.
+
+        Raises:
+            AttributeError: version 1 has no name for these two together.
+            ConfigError: set to something else.
+        """
+        now = self.noise_type, self.quantization_type
+        for kind, kinds in MODIFIER_KINDS.items():
+            if kinds == now:
+                return kind
+        raise AttributeError(
+            "modifier.type: version 1 has no such kind; read modifier.noise_type and quantization_type"
+        )
+
+    @type.setter
+    def type(self, kind: WeightModifierType) -> None:
+        if not isinstance(kind, WeightModifierType):
+            allowed = ", ".join(map(str, WeightModifierType))
+            raise ConfigError(f"modifier.type: got {kind!r}; it is deprecated, and allowed are {allowed}")
+        self.noise_type, self.quantization_type = MODIFIER_KINDS[kind]
+        warn_user(
+            f"modifier.type: got {kind.name}, a kind of version 1; set modifier.noise_type = {self.noise_type} and "
+            f"modifier.quantization_type = {self.quantization_type} instead, which was done now",
+            DeprecationWarning,
+        )
+
+    @property
+    def enable_during_test(self) -> bool:
+        """False: noise is for training. Deprecated; True warns and stays False."""
+        return False
+
+    @enable_during_test.setter
+    def enable_during_test(self, value: bool) -> None:
+        if value:
+            warn_user(
+                f"modifier.enable_during_test: got {value!r}, which stays False, as in AIHWKIT-Lightning; for noise in an "
+                "evaluation, leave the layers in training mode: layer.train()"
+            )
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.nn.base import the_input
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.settings import refuse_config
 from triton_analog.reference import Patches
@@ -106,13 +107,15 @@ class _AnalogConv(AnalogMatrixLayer):
         """The patches of ``x [B, in_channels, *size]``: rows ``[B * places, in_channels * prod(kernel_size)]``."""
         return self.patches.unfold(x)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``input [B, in_channels, *size]`` to ``[B, out_channels, *size]``, both also without ``B``.
+    def forward(self, input: Tensor | None = None, *, inp: Tensor | None = None) -> Tensor:
+        """``input [B, in_channels, *size]`` to ``[B, out_channels, *size]``, both also without ``B``; ``inp`` is another name.
 
         Raises:
             TypeError: ``input`` is no floating-point tensor, or of another dtype than the weight outside autocast.
             ValueError: another number of dimensions or channels, or an input that is too small.
         """
+        if input is None or inp is not None:
+            input = the_input(input, inp)
         batched = input.ndim != self.RANK + 1
         x = input if batched else input.unsqueeze(0)
         if self.padding_mode != "zeros" and x.ndim == self.RANK + 2:  # any other input is refused below

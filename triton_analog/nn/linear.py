@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.nn.base import the_input
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.settings import refuse_config
@@ -46,8 +47,15 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.init_analog(rpu_config)
 
-    def forward(self, input: Tensor, one_forward: OneForward | None = None) -> Tensor:
-        """``input [..., K]`` to ``[..., N]``; calls with the same ``one_forward`` are one forward with one weight."""
+    def forward(
+        self, input: Tensor | None = None, one_forward: OneForward | None = None, *, inp: Tensor | None = None
+    ) -> Tensor:
+        """``input [..., K]`` to ``[..., N]``; calls with the same ``one_forward`` are one forward with one weight.
+
+        ``inp`` is another name for ``input``.
+        """
+        if input is None or inp is not None:
+            input = the_input(input, inp)
         return self.analog_matmul(input, one_forward)
 
     @classmethod

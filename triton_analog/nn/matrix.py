@@ -189,6 +189,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         """Width of every slice."""
         return split_sizes(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
 
+    @property
+    def in_sizes(self) -> list[int]:
+        """Another name for :meth:`get_split_sizes`."""
+        return self.get_split_sizes()
+
     def reconfigure(self, rpu_config: TorchInferenceRPUConfig) -> None:
         """Change to a copy of ``rpu_config``, adding and removing parameters as it needs; the others keep their values.
 

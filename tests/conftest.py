@@ -33,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests set one thing at a time, and few steps; what is said of that is the subject of test_effects.py.
+    config.addinivalue_line("filterwarnings", "ignore::triton_analog.config.ConfigWarning")
     if config.getoption("--inexact-libm"):
         config.add_cleanup(inexact_libm.install())
 

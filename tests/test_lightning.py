@@ -274,7 +274,8 @@ def test_one_script_runs_with_either_package(library: str) -> None:
     pytest.importorskip(library, reason="the predecessor is an optional peer: pip install aihwkit-lightning")
     script = EXAMPLE.replace("LIBRARY", library)
     root = str(Path(__file__).parents[1])
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # The predecessor looks for a GPU without the interpreter; kernels in it would be slow here.
+    environment = os.environ | {"TRITON_INTERPRET": "1" if library == "aihwkit_lightning" else "0"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, cwd=root
     )

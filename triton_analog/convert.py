@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import sys
 import warnings
@@ -16,7 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from triton_analog.config import ConfigError, TorchInferenceRPUConfig
+from triton_analog.config import ConfigError, TorchInferenceRPUConfig, effects
+from triton_analog.hints import did_you_mean
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
 from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
@@ -80,7 +80,7 @@ def convert_to_analog(
     specific_rpu_config_fun: ConfigFunction | None = None,
     module_name: str = "",
     ensure_analog_root: bool = True,
-    exclude_modules: list[str] | None = None,
+    exclude_modules: Collection[str] | str | None = None,
     inplace: bool = False,
     verbose: bool = False,
 ) -> Any:
@@ -103,8 +103,8 @@ def convert_to_analog(
         specific_rpu_config_fun: ``(full name, module, copy of rpu_config) -> config`` chooses the config of each layer.
         module_name: Name of ``module`` itself, the prefix of all full names.
         ensure_analog_root: Give the result the methods of an analog container (:class:`AnalogWrapper`) if it has none.
-        exclude_modules: Full names of modules to leave digital, with everything below them. A module that is shared is
-            left digital under all its names.
+        exclude_modules: Full names of modules to leave digital, with everything below them, or a single one. A module that
+            is shared is left digital under all its names.
         inplace: Change ``module`` itself instead of a deep copy; layers that were replaced lose their tensors.
         verbose: Print every replacement.
 
@@ -117,7 +117,9 @@ def convert_to_analog(
         TypeError: an argument of another type, or a root whose own methods an :class:`AnalogWrapper` would hide.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module: got {type(module).__name__}; a torch.nn.Module is needed")
+        swapped = isinstance(rpu_config, nn.Module)
+        remedy = "swap the two: convert_to_analog(model, config)" if swapped else "a torch.nn.Module is needed"
+        raise TypeError(f"module: got {type(module).__name__}; {remedy}")
     check_config(rpu_config)
     if not inplace:
         module = copy.deepcopy(module)
@@ -146,6 +148,10 @@ def convert_to_analog(
             print(f"{name or type(old).__name__}: {type(old).__name__} -> {analog_class.__name__}")
         return new
 
+    told = effects.Told()  # of this model, whatever else the config is used for
+    for config in configs.values():
+        effects.share_told(config, told)
+    effects.warn_of(configs.values(), told)
     if left:
         warnings.warn(_describe(left), stacklevel=2)
     root = replace_modules(module, module_name, convert, {})
@@ -169,15 +175,15 @@ def _find_excluded(module: nn.Module, module_name: str, names: Any) -> set[int]:
     """The ids of all modules to leave alone."""
     if names is None:
         return set()
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    names = [names] if isinstance(names, str) else names
+    if not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"exclude_modules: got {names!r}; a list of full module names is needed, such as ['encoder.head']"
         )
     modules = dict(module.named_modules(prefix=module_name, remove_duplicate=False))
     for name in names:
         if name not in modules:
-            near = difflib.get_close_matches(name, modules, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "names are those of named_modules()"
+            hint = did_you_mean(name, modules, "names are those of named_modules()", cutoff=0.4)
             raise ValueError(f"exclude_modules: no module is called {name!r}; {hint}")
     return {id(below) for name in names for below in modules[name].modules()}
 

@@ -18,6 +18,7 @@ from triton_analog.config import (
     WeightClipType,
     WeightQuantizationType,
     changes,
+    effects,
 )
 from triton_analog.functional import modified_weight
 from triton_analog.nn.one_forward import OneForward
@@ -66,7 +67,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         {
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
-            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked"),
+            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked", "_told"),
             *("_of_modes", "_numbers_of"),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
@@ -88,6 +89,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     """The dimension of ``weight`` that counts outputs."""
     _checked: TorchInferenceRPUConfig | None
     """A copy of the config when it was checked."""
+    _told: effects.Told
+    """What has been said of the configs of this model."""
     _of_modes: tuple[Numbers, ...]
     """The config as ``analog_linear`` takes it, in evaluation and in training."""
     _numbers_of: tuple[TorchInferenceRPUConfig, int] | None
@@ -104,7 +107,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         Raises:
             ConfigError: no config, something that is no config, or one that is not valid.
         """
-        self.rpu_config = copy.deepcopy(check_config(rpu_config))
+        self.rpu_config, self._told = copy.deepcopy(check_config(rpu_config)), effects.told_of(rpu_config)
+        effects.warn_of([self.rpu_config], self._told)
         self.tile_shape = tuple(self.matrix.shape)
         for name in ("input_range", "learnable_weight_clip"):
             self.register_parameter(name, None)
@@ -186,6 +190,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         """Width of every slice."""
         return split_sizes(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
 
+    @property
+    def in_sizes(self) -> list[int]:
+        """Another name for :meth:`get_split_sizes`."""
+        return self.get_split_sizes()
+
     def reconfigure(self, rpu_config: TorchInferenceRPUConfig) -> None:
         """Change to a copy of ``rpu_config``, adding and removing parameters as it needs; the others keep their values.
 
@@ -203,6 +212,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             )
         learned = self.rpu_config.pre_post.input_range.learn_input_range
         self.rpu_config = copy.deepcopy(rpu_config)
+        effects.warn_of([self.rpu_config], self._told)
         if self.input_range is not None and rpu_config.pre_post.input_range.learn_input_range != learned:
             self.input_range.requires_grad_(not learned)
         self._fit_state()
@@ -250,6 +260,10 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             if self.rpu_config != self._checked:
                 self.rpu_config.validate()
                 self._check_state()
+                if "analog_matmul" not in vars(
+                    self
+                ):  # else the config is one for a while, as while ranges are calibrated
+                    effects.warn_of([self.rpu_config], self._told)
                 self._checked = copy.deepcopy(self.rpu_config)
                 known = settings(self.rpu_config)
                 self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
@@ -436,6 +450,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         """Switch weight quantization and clip off in this layer's config."""
         self.rpu_config.modifier.quantization_type = WeightQuantizationType.NONE
         self.rpu_config.clip.type = WeightClipType.NONE
+        self._told.remarks.update(effects.remarks(self.rpu_config))  # they have done their work
         self._fit_state()
 
     # ---- State --------------------------------------------------------------------------------------------------------
@@ -509,8 +524,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         return None
 
     def extra_repr(self) -> str:
-        changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
-        return ", ".join([*filter(None, [super().extra_repr()]), f"slices={self.get_split_sizes()}", *changes])
+        parts = [super().extra_repr(), f"slices={self.get_split_sizes()}", *self.rpu_config.marked_changes()]
+        return ", ".join(filter(None, parts))
 
 
 def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:

@@ -8,12 +8,14 @@ from triton_analog.convert import convert_to_analog, convert_to_digital
 from triton_analog.launch import lookup
 from triton_analog.optim import AnalogOptimizer
 from triton_analog.restore import restore_analog
+from triton_analog.summary import analog_summary
 from triton_analog.tuning.first_use import FIRST_USE
 
 __all__ = [
     "AnalogOptimizer",
     "InputRangeCalibrationType",
     "TorchInferenceRPUConfig",
+    "analog_summary",
     "calibrate_input_ranges",
     "convert_to_analog",
     "convert_to_digital",

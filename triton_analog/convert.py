@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
+from triton_analog.coverage.bypassed import check_calls, stop_watching, watch_first_forward
+from triton_analog.coverage.weights import Coverage, describe, measure
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
 from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
@@ -83,6 +86,7 @@ def convert_to_analog(
     exclude_modules: list[str] | None = None,
     inplace: bool = False,
     verbose: bool = False,
+    check: Any = None,
 ) -> Any:
     """``module`` with its torch layers replaced by analog ones.
 
@@ -92,8 +96,13 @@ def convert_to_analog(
 
     Subclasses of a class in the map are not replaced, as their own forward would be lost, nor are layers whose forward was
     replaced on the instance, nor weights that are empty or computed by a hook or parametrization, nor
-    ``nn.MultiheadAttention``, which calls its projections as functions. One warning names them all, and the convolutions
-    and recurrent layers without an analog class. Everything is checked before anything is changed.
+    ``nn.MultiheadAttention``, which calls its projections as functions. One warning names them all, the layers without an
+    analog class, and modules with matrices of their own (parameters of two or more dimensions, but for embeddings, norms
+    and tables), and says what share of the weights is on tiles; :func:`triton_analog.analog_summary` says it at any time.
+    Everything is checked before anything is changed.
+
+    A layer whose parent reads its weight and multiplies with it itself never computes. The first training forward of the
+    result, or the first step of an optimizer of this package, warns of such layers; ``check`` finds them at once.
 
     Args:
         module: The model, or a single layer.
@@ -107,6 +116,10 @@ def convert_to_analog(
             left digital under all its names.
         inplace: Change ``module`` itself instead of a deep copy; layers that were replaced lose their tensors.
         verbose: Print every replacement.
+        check: A sample of inputs: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or
+            ``(args, kwargs)``. ``module`` runs on it once before it is converted, in evaluation mode and without gradients,
+            and one warning names the layers that are not called: those whose weight their parent reads, and those that
+            this sample does not reach.
 
     Returns:
         The converted model. It is the object ``module`` if ``inplace`` and ``module`` itself was not replaced.
@@ -124,7 +137,7 @@ def convert_to_analog(
     classes = default_conversion_map() if conversion_map is None else conversion_map
     _check_map(classes)
     excluded = _find_excluded(module, module_name, exclude_modules)
-    layers, left = _select(module, module_name, classes, excluded)
+    layers, left = select(module, module_name, classes, excluded)
     configs = {
         id(layer): _choose_config(name, layer, rpu_config, specific_rpu_config_fun)
         for name, layer in layers
@@ -146,10 +159,14 @@ def convert_to_analog(
             print(f"{name or type(old).__name__}: {type(old).__name__} -> {analog_class.__name__}")
         return new
 
-    if left:
-        warnings.warn(_describe(left), stacklevel=2)
+    coverage = measure(module, module_name, map(itemgetter(1), layers), dict(left), excluded)
+    if coverage.digital:
+        warnings.warn(_describe(coverage), stacklevel=2)
+    if check is not None:
+        check_calls(module, {name: layer for name, layer in layers if id(layer) in configs}, check)
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
+    watch_first_forward(root)
     return AnalogWrapper(root) if ensure_analog_root else root
 
 
@@ -182,7 +199,7 @@ def _find_excluded(module: nn.Module, module_name: str, names: Any) -> set[int]:
     return {id(below) for name in names for below in modules[name].modules()}
 
 
-def _select(
+def select(
     module: nn.Module, module_name: str, classes: dict[type[nn.Module], Any], excluded: set[int]
 ) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
     """The modules to replace, and those that look as if they should be but cannot: ``(name, reason)``."""
@@ -249,11 +266,11 @@ def _choose_config(
         raise ConfigError(f"specific_rpu_config_fun for {name!r}: {error}") from error
 
 
-def _describe(left: list[tuple[str, str]]) -> str:
-    names = "; ".join(f"{name or '(root)'}: {reason}" for name, reason in left)
+def _describe(coverage: Coverage) -> str:
     return (
-        f"convert_to_analog left {len(left)} module(s) digital. {names}. "
-        "Add their classes to conversion_map to convert them, or their names to exclude_modules if this is intended."
+        f"convert_to_analog left {len(coverage.digital)} module(s) digital, and {coverage.percentage}. "
+        f"{'; '.join(describe(coverage.digital))}. Add their classes to conversion_map to convert them, or their names to "
+        "exclude_modules if this is intended."
     )
 
 
@@ -300,6 +317,7 @@ def convert_to_digital(
 
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
+    stop_watching(root)
     return root
 
 

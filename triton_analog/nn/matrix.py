@@ -66,7 +66,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked"),
-            *("_of_modes", "_numbers_of"),
+            *("_of_modes", "_numbers_of", "was_called"),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
@@ -91,6 +91,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     """The config as ``analog_linear`` takes it, in evaluation and in training."""
     _numbers_of: tuple[TorchInferenceRPUConfig, int] | None
     """The config that they are of, and how many changes of configs there had been."""
+
+    was_called = False
+    """Whether a forward of this layer has run, or was compiled. A layer that never is computes nothing."""
 
     _weight_version = 0
     _changes_without_clip = 0
@@ -232,6 +235,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def _numbers(self) -> Numbers:
         """The config as ``analog_linear`` takes it, checked again whenever it has changed."""
         if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
+            _note_call(self)
             self._check_state()
             known = settings(self.rpu_config)
             values = constant(tuple(known.values()))
@@ -247,6 +251,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
                 self.rpu_config.validate()
                 self._check_state()
                 self._checked = copy.deepcopy(self.rpu_config)
+                self.was_called = True
                 known = settings(self.rpu_config)
                 self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
             self._numbers_of = self.rpu_config, now
@@ -507,6 +512,12 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def extra_repr(self) -> str:
         changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
         return ", ".join([*filter(None, [super().extra_repr()]), f"slices={self.get_split_sizes()}", *changes])
+
+
+@torch.compiler.assume_constant_result
+def _note_call(layer: AnalogMatrixLayer) -> None:
+    """Compilers run this while they trace; the compiled forward has nothing of it."""
+    layer.was_called = True
 
 
 def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from triton_analog.coverage.bypassed import warn_of_gradients
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.tied import layers_by_clip
@@ -46,6 +47,8 @@ class AfterStep:
         state = self._state(layers)
         plan = self._plan
         if plan is None or plan.state != state:
+            if self._layers.root is not None:
+                warn_of_gradients(self._layers.root)
             plan = _Plan(state, layers, self._stepped_layers(layers), self._masters)
             self._plan = None if plan.is_captured() else plan  # what is made in a capture has no tables
         elif plan.is_captured() and plan not in self._captured:

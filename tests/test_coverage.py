@@ -83,8 +83,9 @@ def test_one_warning_names_every_weight_that_is_not_on_tiles_and_the_share_that_
 
 
 def test_many_modules_of_one_kind_take_one_place() -> None:
-    (text,) = said(lambda: convert_to_analog(nn.Sequential(*(Own() for _ in range(9))), noisy()))
-    assert "0, 1, 2 and 6 more: Own computes with its own mix, out" in text
+    blocks = nn.ModuleDict({"blocks": nn.Sequential(*(Own() for _ in range(9)))})
+    (text,) = said(lambda: convert_to_analog(blocks, noisy()))
+    assert "blocks.* (9 of them): Own computes with its own mix, out" in text
 
 
 def test_excluded_weights_count_but_are_not_named() -> None:

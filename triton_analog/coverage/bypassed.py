@@ -47,34 +47,37 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     stop_watching(model)
     unreached = _unreached(model)
     if unreached:
-        used = _leaves(output, {id(layer.weight) for layer in unreached.values()})
-        _warn({name: layer for name, layer in unreached.items() if id(layer.weight) in used})
+        used = _leaves(output, {id(layers[0].weight_source) for layers in unreached.values()})
+        _warn({name: layers for name, layers in unreached.items() if id(layers[0].weight_source) in used})
 
 
 def warn_of_gradients(model: nn.Module) -> None:
     """Warn of layers whose weights have gradients though no forward has called them. Waits for the device if there are any."""
-    gradients = {name: layer.weight.grad for name, layer in _unreached(model).items()}
-    if (
-        any(grad is not None and grad.is_cuda for grad in gradients.values())
-        and torch.cuda.is_current_stream_capturing()
-    ):
+    unreached = {}
+    for name, layers in _unreached(model).items():
+        grad = None if layers[0].weight_source is None else layers[0].weight_source.grad
+        if grad is not None:
+            unreached[name] = layers, grad
+    if any(grad.is_cuda for _, grad in unreached.values()) and torch.cuda.is_current_stream_capturing():
         return
-    named = {name for name, grad in gradients.items() if grad is not None and grad.any()}
-    _warn({name: layer for name, layer in _unreached(model).items() if name in named})
+    _warn({name: layers for name, (layers, grad) in unreached.items() if grad.any()})
 
 
-def _unreached(model: nn.Module) -> dict[str, AnalogMatrixLayer]:
-    """Layers by name that no forward has called so far, and whose weight nothing else holds."""
-    holders: dict[int, int] = {}
-    for module in model.modules():
+def _unreached(model: nn.Module) -> dict[str, list[AnalogMatrixLayer]]:
+    """Layers of which no forward has called any so far, by the module that holds the parameter with their weights; not
+    those whose parameter has other holders."""
+    holders: dict[int, list[str]] = {}
+    layers: dict[int, list[AnalogMatrixLayer]] = {}
+    for name, module in model.named_modules():
         for parameter in module._parameters.values():
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(name)
+        if isinstance(module, AnalogMatrixLayer) and module.weight_source is not None:
+            layers.setdefault(id(module.weight_source), []).append(module)
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, AnalogMatrixLayer)
-        and not module.was_called
-        and holders.get(id(module._parameters.get("weight"))) == 1
+        holders[source][0]: own
+        for source, own in layers.items()
+        if len(holders.get(source, ())) == 1 and not any(layer.was_called for layer in own)
     }
 
 
@@ -94,14 +97,15 @@ def _leaves(output: Any, wanted: Collection[int]) -> set[int]:
     return found
 
 
-def _warn(layers: Mapping[str, AnalogMatrixLayer]) -> None:
-    if not layers:
+def _warn(bypassed: Mapping[str, list[AnalogMatrixLayer]]) -> None:
+    if not bypassed:
         return
-    for layer in layers.values():
-        layer.was_called = True  # nothing to say twice
+    for layers in bypassed.values():
+        for layer in layers:
+            layer.was_called = True  # nothing to say twice
     warnings.warn(
-        f"{len(layers)} analog layer(s) take part in the training without ever being called: {names_of(list(layers))}. Their "
-        f"parents read the weights themselves, so that neither noise nor converters act on them. {_REMEDY}.",
+        f"{len(bypassed)} analog layer(s) take part in the training without ever being called: {names_of(list(bypassed))}. "
+        f"Their parents read the weights themselves, so that neither noise nor converters act on them. {_REMEDY}.",
         stacklevel=3,
     )
 

@@ -19,6 +19,7 @@ _TABLE = re.compile(
     r"bias|norm|scale|gamma|beta|alpha|mask|log)(_|$)"
 )
 """Names of parameters that are looked up, added or multiplied element by element."""
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^. ])")
 _NAMES_SHOWN = 3
 
 
@@ -147,7 +148,12 @@ def describe(digital: Iterable[DigitalWeights]) -> list[str]:
     return [f"{names_of(names)}: {reason}" for (_, reason), names in groups.items()]
 
 
-def names_of(names: list[str]) -> str:
-    """``names`` in a sentence: a few of them, and how many more there are."""
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def names_of(names: Iterable[str]) -> str:
+    """``names`` in a sentence; many that differ in numbers alone are one pattern."""
+    patterns: dict[str, list[str]] = {}
+    for name in names:
+        patterns.setdefault(_NUMBER.sub("*", name), []).append(name)
+    return ", ".join(
+        f"{pattern} ({len(own)} of them)" if len(own) > _NAMES_SHOWN else ", ".join(own)
+        for pattern, own in patterns.items()
+    )

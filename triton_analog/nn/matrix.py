@@ -83,6 +83,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
     groups: int = 1
+    weight_index: int | None = None
+    """Which of the weights that are stacked in one parameter is this layer's; None: it has a parameter of its own."""
     CHANNEL_DIM: ClassVar[int] = 0
     """The dimension of ``weight`` that counts outputs."""
     _checked: TorchInferenceRPUConfig | None
@@ -173,6 +175,15 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def matrix(self) -> Tensor:
         """The weight as the tiles see it: ``[N, K]``."""
         return self.weight.flatten(1)
+
+    @property
+    def weight_source(self) -> nn.Parameter | None:
+        """The parameter that holds the weight; None where a hook or parametrization computes the weight."""
+        return self._parameters.get("weight")
+
+    def weight_part(self, source: Tensor) -> Tensor:
+        """The weight of this layer in ``source``, a tensor of the shape of :attr:`weight_source`: a view."""
+        return source if self.weight_index is None else source[self.weight_index]
 
     @property
     def slices(self) -> int:
@@ -484,9 +495,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         if prefix + "input_range_update_idx" in state_dict:
             self._continue_loaded_range()
         self._reset_residual()
-        weight = self._parameters.get("weight")
-        if weight is not None:
-            self._fit_weight_noise(weight.device)
+        source = self.weight_source
+        if source is not None:
+            self._fit_weight_noise(source.device)
         if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
             self.reset_weight_clip()
 
@@ -526,18 +537,18 @@ def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:
 
 
 def _stored_weight(module: nn.Module) -> Tensor:
-    """The parameter ``weight`` of ``module``.
+    """The weight of ``module`` as it is stored: its parameter, or its part of one.
 
     Raises:
         ValueError: it has none, as a hook or parametrization computes the weight: a change of that would be lost.
     """
-    weight = module._parameters.get("weight")
+    weight = module.weight_source if isinstance(module, AnalogMatrixLayer) else module._parameters.get("weight")
     if weight is None:
         raise ValueError(
             f"weight: that of this {type(module).__name__} is not a parameter but computed from others "
             "(weight_norm, pruning, a parametrization); remove that first, or leave the layer digital"
         )
-    return weight
+    return module.weight_part(weight) if isinstance(module, AnalogMatrixLayer) else weight
 
 
 def _check_shape(name: str, given: Any, own: Tensor) -> None:

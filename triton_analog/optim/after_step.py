@@ -85,13 +85,13 @@ def clipped_with(layer: AnalogLayerBase) -> list[Tensor]:
 
 
 def _weight_of(layer: AnalogLayerBase) -> nn.Parameter | None:
-    """The weight that is clipped; None where none is a parameter."""
-    return layer._parameters.get("weight") if isinstance(layer, AnalogMatrixLayer) else None
+    """The parameter that holds the weight; None where none does."""
+    return layer.weight_source if isinstance(layer, AnalogMatrixLayer) else None
 
 
 def _state_of(layer: AnalogLayerBase, masters: Masters | None) -> Hashable:
     """Of one layer. It runs for every layer in every step."""
-    weight = layer._parameters.get("weight")
+    weight = _weight_of(layer)
     if type(weight) is not nn.Parameter or not isinstance(layer, AnalogMatrixLayer):
         return id(layer), *((id(parameter), parameter.requires_grad) for parameter in clipped_with(layer))
     clip = layer.rpu_config.clip
@@ -151,10 +151,10 @@ class _Plan:
             clip = first.gaussian_clip()
             if clip is None:
                 continue
-            stepped = weight.detach()
+            stepped = first.weight_part(weight.detach())
             if masters is not None:
                 self._weights.append(stepped)
-                stepped = masters.read(weight).detach()
+                stepped = first.weight_part(masters.read(weight).detach())
                 self._copies.append(stepped)
             weights.append(stepped)
             sigmas.append(clip[0])
@@ -207,7 +207,7 @@ class _Plan:
             layer.clip_weights()
             return
         master = masters.read(weight)
-        layer.clip_weights(master)  # type: ignore[call-arg]
+        layer.clip_weights(layer.weight_part(master))  # type: ignore[call-arg, operator]
         masters.write(weight, master)
 
     def _masters_of(self, weight: Tensor | None) -> Masters | None:

@@ -23,6 +23,7 @@ from triton_analog.coverage.weights import Coverage, describe, measure
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
 from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
+from triton_analog.nn.experts import experts_in
 from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn import AnalogRNN
@@ -44,10 +45,12 @@ CONVERSION_MAP: dict[type[nn.Module], Any] = {
 and ``to_digital(module)``."""
 
 
-def default_conversion_map() -> dict[type[nn.Module], Any]:
-    """:data:`CONVERSION_MAP`, and Hugging Face's Conv1D if anything has imported it: only then can a model have one."""
+def default_conversion_map(model: nn.Module) -> dict[type[nn.Module], Any]:
+    """:data:`CONVERSION_MAP`, Hugging Face's Conv1D if anything has imported it (only then can a model have one), and the
+    classes of experts in ``model``."""
     hugging_face = sys.modules.get("transformers.pytorch_utils")
-    return CONVERSION_MAP if hugging_face is None else CONVERSION_MAP | {hugging_face.Conv1D: AnalogHFConv1D}
+    classes = CONVERSION_MAP | experts_in(model)
+    return classes if hugging_face is None else classes | {hugging_face.Conv1D: AnalogHFConv1D}
 
 
 ConfigFunction = Callable[[str, nn.Module, TorchInferenceRPUConfig], TorchInferenceRPUConfig]
@@ -108,7 +111,7 @@ def convert_to_analog(
         module: The model, or a single layer.
         rpu_config: What to simulate; every layer gets a copy.
         conversion_map: Analog class by exact torch class, in place of :data:`CONVERSION_MAP` (to which Hugging Face's
-            ``Conv1D`` is added).
+            ``Conv1D`` is added, and the experts of its models: :class:`~triton_analog.nn.AnalogExperts`).
         specific_rpu_config_fun: ``(full name, module, copy of rpu_config) -> config`` chooses the config of each layer.
         module_name: Name of ``module`` itself, the prefix of all full names.
         ensure_analog_root: Give the result the methods of an analog container (:class:`AnalogWrapper`) if it has none.
@@ -134,7 +137,7 @@ def convert_to_analog(
     check_config(rpu_config)
     if not inplace:
         module = copy.deepcopy(module)
-    classes = default_conversion_map() if conversion_map is None else conversion_map
+    classes = default_conversion_map(module) if conversion_map is None else conversion_map
     _check_map(classes)
     excluded = _find_excluded(module, module_name, exclude_modules)
     layers, left = select(module, module_name, classes, excluded)
@@ -214,7 +217,7 @@ def select(
             if not candidate.IS_CONTAINER:
                 skip.update(map(id, candidate.modules()))
         elif kind in classes:
-            obstacle = _obstacle(candidate)
+            obstacle = _obstacle(candidate, classes[kind])
             if obstacle is None:
                 layers.append((name, candidate))
             elif kind in kinds:
@@ -233,7 +236,7 @@ def select(
     return layers, left
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _obstacle(module: nn.Module, analog_class: Any) -> str | None:
     """Why ``module``, whose class has an analog one, cannot be replaced."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
@@ -242,6 +245,10 @@ def _obstacle(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is not None and weight.numel() == 0:
         return "its weight is empty"
+    try:
+        getattr(analog_class, "find_layout", id)(module)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -307,7 +314,7 @@ def convert_to_digital(
         if isinstance(old, AnalogWrapper):
             return AnalogWrapper.to_digital(old)
         can_be = isinstance(old, AnalogLayerBase) and hasattr(old, "to_digital")
-        if not can_be if conversion_set is None else type(old) not in conversion_set:
+        if not can_be if conversion_set is None else conversion_set.isdisjoint(_classes_of(old)):
             return old
         kind: Any = type(old)
         new = kind.to_digital(old)
@@ -319,6 +326,11 @@ def convert_to_digital(
     set_fast_paths(root)
     stop_watching(root)
     return root
+
+
+def _classes_of(module: nn.Module) -> set[type]:
+    """The class of ``module``, and what that was derived from a user's."""
+    return {type(module), getattr(module, "_base", type(module))}
 
 
 # ---- Shared -----------------------------------------------------------------------------------------------------------

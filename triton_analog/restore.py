@@ -39,7 +39,7 @@ def restore_analog(module: nn.Module, state_dict: Mapping[str, Any], inplace: bo
             "state_dict: it holds no config of an analog layer (a key that ends with _extra_state); load it into a digital "
             "model, or convert the model with your config and call its load_state_dict"
         )
-    classes = default_conversion_map()
+    classes = default_conversion_map(module)
     layers = {
         name
         for name, layer in module.named_modules(remove_duplicate=False)
@@ -67,7 +67,10 @@ def _configs(state_dict: Mapping[str, Any]) -> dict[str, TorchInferenceRPUConfig
     for key, value in state_dict.items():
         match = _CONFIG_KEY.fullmatch(key)
         if match is not None:
-            found.setdefault(match[1] or "", decode(value, TorchInferenceRPUConfig))
+            own = (
+                value[0] if isinstance(value, Tensor) and value.ndim == 2 else value
+            )  # of several experts, each has its own
+            found.setdefault(match[1] or "", decode(own, TorchInferenceRPUConfig))
     return found
 
 

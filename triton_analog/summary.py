@@ -20,6 +20,6 @@ def analog_summary(model: nn.Module) -> Coverage:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
-    layers, left = select(model, "", default_conversion_map(), set())
+    layers, left = select(model, "", default_conversion_map(model), set())
     reasons = {name: "it can be converted" for name, layer in layers if next(layer.parameters(False), None) is not None}
     return measure(model, "", (), reasons | dict(left))

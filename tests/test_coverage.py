@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from triton_analog.config import WeightNoiseInjectionType
 from triton_analog.optim import attach
 
 X = torch.linspace(-1, 1, 24).view(4, 6)
+PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 
 
 def noisy() -> TorchInferenceRPUConfig:
@@ -113,6 +116,13 @@ def test_a_summary_says_it_at_any_time() -> None:
     assert str(summary).splitlines()[1:] == ["  b: it can be converted", "  own: Own computes with its own mix, out"]
     with pytest.raises(TypeError, match="model: got int"):
         analog_summary(1)  # type: ignore[arg-type]
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    with pytest.warns(UserWarning, match="Mixer computes with its own matrix"):
+        exec(compile(block, PAGE.name, "exec"), {"__name__": "page"})
+    assert "50.0 % of 2,048 weights are on tiles" in capsys.readouterr().out
 
 
 # ---- Layers that never compute ----------------------------------------------------------------------------------------

@@ -83,8 +83,9 @@ def calibrate_input_ranges(
         signed: Take quantiles of ``x`` instead of ``|x|``, as AIHWKIT does: too small where inputs are negative.
 
     Warns:
-        UserWarning: a slice whose range came out as 0 keeps the range it had (``init_value`` if none), as range 0 would let
-            nothing through.
+        UserWarning: experts that no data reached, while it did others beside them, keep their ranges, with the start-up still
+            to come where it was; a slice whose range came out as 0 keeps the range it had (``init_value`` if none), as range
+            0 would let nothing through.
 
     Raises:
         ConfigError: a layer has its DAC on or a dynamic range, or ``calibration_type`` is NONE.
@@ -106,7 +107,8 @@ def calibrate_input_ranges(
     ranges = _found_ranges(layers, statistics)
     for name, layer in layers.items():
         layer.reconfigure(configs[name])
-        layer.set_input_range(ranges[name])
+        if name in ranges:
+            layer.set_input_range(ranges[name])
 
 
 # ---- Checks -------------------------------------------------------------------------------------------------------------
@@ -257,7 +259,8 @@ def _arguments(batch: Any) -> tuple[Iterable[Any], dict[str, Any]]:
 
 
 def _found_ranges(layers: Layers, statistics: Statistics) -> dict[str, Tensor]:
-    """The ranges ``[S]`` to store in every layer, in the dtype that it stores; nothing is changed yet."""
+    """The ranges ``[S]`` to store in every layer, in the dtype that it stores; nothing is changed yet. Experts that were sent
+    nothing, others of the same stack having been, have none."""
     unseen, found = [], {}
     for name, layer in layers.items():
         ranges = statistics[name].ranges()
@@ -265,6 +268,17 @@ def _found_ranges(layers: Layers, statistics: Statistics) -> dict[str, Tensor]:
             unseen.append(name)
         else:
             found[name] = _storable(name, layer, ranges)
+    stacks = {id(layers[name].weight_source) for name in found}
+    idle = [
+        name for name in unseen if id(layers[name].weight_source) in stacks and layers[name].weight_index is not None
+    ]
+    unseen = [name for name in unseen if name not in idle]
+    if idle and not unseen:
+        warnings.warn(
+            f"No data but zeros reached {len(idle)} matrices of experts, such as {idle[0]}; their input ranges stay what they "
+            "were. Give more data to calibrate them too.",
+            stacklevel=3,
+        )
     if unseen:
         raise ValueError(
             f"dataloader: no data but zeros reached the analog layers {', '.join(unseen)}; give data that does, or leave them "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.convert import convert_to_analog, default_conversion_map
 from triton_analog.nn.containers import AnalogSequential
 from triton_analog.nn.settings import decode
+from triton_analog.summary import analog_summary
 
 _CONFIG_KEY = re.compile(r"(?:(.*)\.)?_extra_state[^.]*")
 """The layer's name is its group; recurrent layers have a config for each of their cells' matrices."""
@@ -55,11 +56,17 @@ def restore_analog(module: nn.Module, state_dict: Mapping[str, Any], inplace: bo
         module,
         next(iter(configs.values())),
         specific_rpu_config_fun=lambda name, layer, config: configs[name],
-        exclude_modules=sorted(layers - configs.keys()),
+        exclude_modules=sorted({*(layers - configs.keys()), *_digital(module, configs)}),
         inplace=inplace,
     )
     _load(analog, state_dict)
     return analog
+
+
+def _digital(module: nn.Module, configs: Collection[str]) -> list[str]:
+    """What stays digital, so that nothing is said of it again."""
+    names = [weights.name for weights in analog_summary(module).digital]
+    return [name for name in names if name and not any(f"{config}.".startswith(f"{name}.") for config in configs)]
 
 
 def _configs(state_dict: Mapping[str, Any]) -> dict[str, TorchInferenceRPUConfig]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,38 +47,43 @@ def _after_forward(model: nn.Module, args: Any, output: Any) -> None:
     stop_watching(model)
     unreached = _unreached(model)
     if unreached:
-        used = _leaves(output, {id(layers[0].weight_source) for layers in unreached.values()})
-        _warn({name: layers for name, layers in unreached.items() if id(layers[0].weight_source) in used})
+        used = _leaves(output, {id(bypassed.source) for bypassed in unreached})
+        _warn([bypassed for bypassed in unreached if id(bypassed.source) in used])
 
 
 def warn_of_gradients(model: nn.Module) -> None:
     """Warn of layers whose weights have gradients though no forward has called them. Waits for the device if there are any."""
-    unreached = {}
-    for name, layers in _unreached(model).items():
-        grad = None if layers[0].weight_source is None else layers[0].weight_source.grad
-        if grad is not None:
-            unreached[name] = layers, grad
-    if any(grad.is_cuda for _, grad in unreached.values()) and torch.cuda.is_current_stream_capturing():
+    unreached = [bypassed for bypassed in _unreached(model) if bypassed.source.grad is not None]
+    if any(bypassed.source.is_cuda for bypassed in unreached) and torch.cuda.is_current_stream_capturing():
         return
-    _warn({name: layers for name, (layers, grad) in unreached.items() if grad.any()})
+    _warn([bypassed for bypassed in unreached if bypassed.source.grad.any()])  # type: ignore[union-attr]
 
 
-def _unreached(model: nn.Module) -> dict[str, list[AnalogMatrixLayer]]:
-    """Layers of which no forward has called any so far, by the module that holds the parameter with their weights; not
-    those whose parameter has other holders."""
+class _Bypassed(NamedTuple):
+    """Layers of which no forward has called any so far."""
+
+    name: str
+    """Of the module that holds the parameter with their weights."""
+    source: Tensor
+    """That parameter, which nothing else holds."""
+    layers: list[AnalogMatrixLayer]
+
+
+def _unreached(model: nn.Module) -> list[_Bypassed]:
     holders: dict[int, list[str]] = {}
-    layers: dict[int, list[AnalogMatrixLayer]] = {}
+    found: dict[int, _Bypassed] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(name)
-        if isinstance(module, AnalogMatrixLayer) and module.weight_source is not None:
-            layers.setdefault(id(module.weight_source), []).append(module)
-    return {
-        holders[source][0]: own
-        for source, own in layers.items()
-        if len(holders.get(source, ())) == 1 and not any(layer.was_called for layer in own)
-    }
+        source = module.weight_source if isinstance(module, AnalogMatrixLayer) else None
+        if source is not None:
+            found.setdefault(id(source), _Bypassed("", source, [])).layers.append(module)
+    return [
+        bypassed._replace(name=holders[source][0])
+        for source, bypassed in found.items()
+        if len(holders.get(source, ())) == 1 and not any(layer.was_called for layer in bypassed.layers)
+    ]
 
 
 def _leaves(output: Any, wanted: Collection[int]) -> set[int]:
@@ -97,15 +102,16 @@ def _leaves(output: Any, wanted: Collection[int]) -> set[int]:
     return found
 
 
-def _warn(bypassed: Mapping[str, list[AnalogMatrixLayer]]) -> None:
-    if not bypassed:
+def _warn(found: list[_Bypassed]) -> None:
+    if not found:
         return
-    for layers in bypassed.values():
-        for layer in layers:
+    for bypassed in found:
+        for layer in bypassed.layers:
             layer.was_called = True  # nothing to say twice
+    names = list(dict.fromkeys(bypassed.name for bypassed in found))
     warnings.warn(
-        f"{len(bypassed)} analog layer(s) take part in the training without ever being called: {names_of(list(bypassed))}. "
-        f"Their parents read the weights themselves, so that neither noise nor converters act on them. {_REMEDY}.",
+        f"{len(names)} analog layer(s) take part in the training without ever being called: {names_of(names)}. Their parents "
+        f"read the weights themselves, so that neither noise nor converters act on them. {_REMEDY}.",
         stacklevel=3,
     )
 

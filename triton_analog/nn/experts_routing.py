@@ -48,15 +48,15 @@ class RoutedExperts(nn.Module):
         if index is None or weights is None:
             raise TypeError(f"top_k_index, top_k_weights: {type(self).__name__} needs both, each [tokens, k]")
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        index, weights = index.reshape(len(x), -1), weights.reshape(-1, 1)
-        k = index.shape[1]
+        weights, k = weights.reshape(-1, 1), index.shape[-1]
         experts, order = index.reshape(-1).sort(stable=True)
         ends = torch.searchsorted(experts, torch.arange(self.num_experts, device=experts.device), right=True)
         sizes: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
         order = order[: sum(sizes)]
         weighted = self.of_each(x[order // k].split(sizes)) * weights[order]
-        every = weighted.new_zeros(len(x) * k, weighted.shape[1]).index_copy(0, order, weighted)
-        return every.view(len(x), k, -1).sum(1).to(x.dtype).view(*hidden_states.shape[:-1], -1)
+        width = weighted.shape[1]
+        every = weighted.new_zeros(len(x) * k, width).index_copy(0, order, weighted)
+        return every.view(len(x), k, width).sum(1).to(x.dtype).view(*hidden_states.shape[:-1], width)
 
     def of_each(self, rows: Sequence[Tensor], without_rows: Callable[[int], Any] = int) -> Tensor:
         """The outputs of all experts for their ``rows``, one below the other.

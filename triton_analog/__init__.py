@@ -11,6 +11,7 @@ from triton_analog.convert import convert_to_analog, convert_to_digital
 from triton_analog.launch import lookup
 from triton_analog.optim import AnalogOptimizer
 from triton_analog.restore import restore_analog
+from triton_analog.summary import analog_summary
 from triton_analog.tuning.first_use import FIRST_USE
 from triton_analog.version import __version__ as __version__
 
@@ -18,6 +19,7 @@ __all__ = [  # without nn, functional and ops: a star import would put them in t
     "AnalogOptimizer",
     "InputRangeCalibrationType",
     "TorchInferenceRPUConfig",
+    "analog_summary",
     "calibrate_input_ranges",
     "convert_to_analog",
     "convert_to_digital",

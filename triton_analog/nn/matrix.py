@@ -68,7 +68,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked", "_told"),
-            *("_of_modes", "_numbers_of"),
+            *("_of_modes", "_numbers_of", "was_called"),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
@@ -85,6 +85,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
     groups: int = 1
+    weight_index: int | None = None
+    """Which of the weights that are stacked in one parameter is this layer's; None: it has a parameter of its own."""
     CHANNEL_DIM: ClassVar[int] = 0
     """The dimension of ``weight`` that counts outputs."""
     _checked: TorchInferenceRPUConfig | None
@@ -95,6 +97,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     """The config as ``analog_linear`` takes it, in evaluation and in training."""
     _numbers_of: tuple[TorchInferenceRPUConfig, int] | None
     """The config that they are of, and how many changes of configs there had been."""
+
+    was_called = False
+    """Whether a forward of this layer has run, or was compiled. A layer that never is computes nothing."""
 
     _weight_version = 0
     _changes_without_clip = 0
@@ -177,6 +182,15 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         return self.weight.flatten(1)
 
     @property
+    def weight_source(self) -> nn.Parameter | None:
+        """The parameter that holds the weight; None where a hook or parametrization computes the weight."""
+        return self._parameters.get("weight")
+
+    def weight_part(self, source: Tensor) -> Tensor:
+        """The weight of this layer in ``source``, a tensor of the shape of :attr:`weight_source`: a view."""
+        return source if self.weight_index is None else source[self.weight_index]
+
+    @property
     def slices(self) -> int:
         """Number of slices ``S`` of the ``K`` inputs (of one group)."""
         return num_slices(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
@@ -243,6 +257,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def _numbers(self) -> Numbers:
         """The config as ``analog_linear`` takes it, checked again whenever it has changed."""
         if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
+            _note_call(self)
             wrong = fault(self.rpu_config)
             if wrong is not None:
                 raise ConfigError(wrong)
@@ -260,11 +275,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             if self.rpu_config != self._checked:
                 self.rpu_config.validate()
                 self._check_state()
-                if "analog_matmul" not in vars(
-                    self
-                ):  # else the config is one for a while, as while ranges are calibrated
+                # Else the config is one for a while, as while ranges are calibrated.
+                if "analog_matmul" not in vars(self):
                     effects.warn_of([self.rpu_config], self._told)
                 self._checked = copy.deepcopy(self.rpu_config)
+                self.was_called = True
                 known = settings(self.rpu_config)
                 self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
             self._numbers_of = self.rpu_config, now
@@ -498,9 +513,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         if prefix + "input_range_update_idx" in state_dict:
             self._continue_loaded_range()
         self._reset_residual()
-        weight = self._parameters.get("weight")
-        if weight is not None:
-            self._fit_weight_noise(weight.device)
+        source = self.weight_source
+        if source is not None:
+            self._fit_weight_noise(source.device)
         if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
             self.reset_weight_clip()
 
@@ -528,24 +543,30 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         return ", ".join(filter(None, parts))
 
 
+@torch.compiler.assume_constant_result
+def _note_call(layer: AnalogMatrixLayer) -> None:
+    """Compilers run this while they trace; the compiled forward has nothing of it."""
+    layer.was_called = True
+
+
 def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:
     """Whether it is there, in this shape, exactly if it is ``wanted``."""
     return parameter is None if not wanted else parameter is not None and parameter.shape == shape
 
 
 def _stored_weight(module: nn.Module) -> Tensor:
-    """The parameter ``weight`` of ``module``.
+    """The weight of ``module`` as it is stored: its parameter, or its part of one.
 
     Raises:
         ValueError: it has none, as a hook or parametrization computes the weight: a change of that would be lost.
     """
-    weight = module._parameters.get("weight")
+    weight = module.weight_source if isinstance(module, AnalogMatrixLayer) else module._parameters.get("weight")
     if weight is None:
         raise ValueError(
             f"weight: that of this {type(module).__name__} is not a parameter but computed from others "
             "(weight_norm, pruning, a parametrization); remove that first, or leave the layer digital"
         )
-    return weight
+    return module.weight_part(weight) if isinstance(module, AnalogMatrixLayer) else weight
 
 
 def _check_shape(name: str, given: Any, own: Tensor) -> None:

@@ -33,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests set one thing at a time, and few steps; what is said of that is the subject of test_effects.py.
+    config.addinivalue_line("filterwarnings", "ignore::triton_analog.config.ConfigWarning")
     if config.getoption("--inexact-libm"):
         config.add_cleanup(inexact_libm.install())
 
@@ -74,7 +76,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def aihwkit() -> Any:
     """The package, for tests that need it; it warns while it is imported."""
-    pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
+    pytest.importorskip(
+        "aihwkit", reason="aihwkit is an optional peer: pip install --only-binary :all: --no-deps aihwkit==1.1.0"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import aihwkit.nn

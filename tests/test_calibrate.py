@@ -347,16 +347,17 @@ def ranged(config: TorchInferenceRPUConfig) -> None:
     config.forward.out_noise = 0.1
 
 
+FORWARDS_LEAVE = ("_checked", "_of_modes", "_numbers_of", "was_called")
+"""What any forward may set: the config that was checked last, a cache, and that there was one."""
+
+
 def everything_of(model: nn.Module) -> list[Any]:
     """All that a calibration could change, of every module: what it holds, by identity, and a copy of the values."""
     held = [{**vars(module), **module._parameters, **module._buffers} for module in model.modules()]
     hooks = [[len(value) for key, value in vars(module).items() if key.endswith("hooks")] for module in model.modules()]
     values = [(name, value.tolist()) for name, value in model.state_dict().items()]
     configs = [layer.rpu_config.to_dict() for layer in model.modules() if isinstance(layer, AnalogMatrixLayer)]
-    identities = [
-        {name: id(value) for name, value in own.items() if name not in ("_checked", "_of_modes", "_numbers_of")}
-        for own in held
-    ]  # the config that was checked last is a cache
+    identities = [{name: id(value) for name, value in own.items() if name not in FORWARDS_LEAVE} for own in held]
     return [identities, hooks, values, configs]
 
 

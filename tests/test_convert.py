@@ -254,7 +254,7 @@ def test_excluding_one_name_of_a_shared_module_excludes_it() -> None:
 @pytest.mark.parametrize(
     ("excluded", "error", "message"),
     [
-        ("head", TypeError, r"exclude_modules: got 'head'; a list of full module names"),
+        ("up", ValueError, "no module is called 'up'"),
         ([nn.Linear], TypeError, "exclude_modules: got .*; a list of full module names"),
         (["blocks.0.upp"], ValueError, r"no module is called 'blocks.0.upp'; did you mean 'blocks.0.up'"),
         (["up"], ValueError, "no module is called 'up'"),
@@ -263,6 +263,12 @@ def test_excluding_one_name_of_a_shared_module_excludes_it() -> None:
 def test_exclusions_are_exact_names(excluded: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         convert_to_analog(Net(), ideal(), exclude_modules=excluded)
+
+
+def test_a_single_name_may_be_excluded_without_a_list() -> None:
+    model = convert_to_analog(Net(), ideal(), exclude_modules="head")
+    assert type(model.head) is nn.Linear
+    assert type(model.blocks[0].up) is AnalogLinear
 
 
 class Scaled(nn.Linear):

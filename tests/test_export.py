@@ -565,7 +565,7 @@ def test_a_config_that_became_invalid_is_refused(aihwkit):
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch, call):
     monkeypatch.setitem(sys.modules, "aihwkit", None)
     with pytest.raises(
-        ImportError, match=r"needs the package aihwkit.*pip install 'triton-analog\[aihwkit\]'"
+        ImportError, match=r"needs the package aihwkit.*pip install --only-binary :all: --no-deps aihwkit==1\.1\.0 "
     ) as caught:
         call()
     assert caught.value.name == "aihwkit"

@@ -34,7 +34,9 @@ def gradients(layer, x, grad):
 @pytest.mark.parametrize("adc", [False, True])
 @pytest.mark.parametrize("dac", [False, True])
 def test_aihwkits_torch_tile(problem, tile, adc, dac):
-    pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
+    pytest.importorskip(
+        "aihwkit", reason="aihwkit is an optional peer: pip install --only-binary :all: --no-deps aihwkit==1.1.0"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from aihwkit.nn import AnalogLinear

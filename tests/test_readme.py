@@ -20,7 +20,9 @@ def test_the_examples_are_found():
 def test_example_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "export_to_aihwkit" in block:
-        pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
+        pytest.importorskip(
+            "aihwkit", reason="aihwkit is an optional peer: pip install --only-binary :all: --no-deps aihwkit==1.1.0"
+        )
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
     if "loss" in names:

@@ -163,7 +163,9 @@ def test_smollm_learns_in_a_step_with_noise(smollm: Any, tokens: Tensor) -> None
 
 
 def test_smollm_is_exported(calibrated: Any, tokens: Tensor) -> None:
-    pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
+    pytest.importorskip(
+        "aihwkit", reason="aihwkit is an optional peer: pip install --only-binary :all: --no-deps aihwkit==1.1.0"
+    )
     exported = export_to_aihwkit(calibrated)
     assert_layers_agree(calibrated, exported, lambda model: model(tokens[:1, :64]))
     theirs, ours = (perplexity(model, tokens[1:, :64]) for model in (exported, calibrated))
@@ -200,7 +202,9 @@ def test_minilm_is_converted_saved_reloaded_and_exported(tmp_path: Path) -> None
     analog.save_pretrained(tmp_path)
     again = hugging_face.from_pretrained(transformers.AutoModel, tmp_path)
     assert torch.equal(embed(again, folder), found)
-    pytest.importorskip("aihwkit", reason="aihwkit is an optional peer: pip install aihwkit")
+    pytest.importorskip(
+        "aihwkit", reason="aihwkit is an optional peer: pip install --only-binary :all: --no-deps aihwkit==1.1.0"
+    )
     exported = export_to_aihwkit(analog)
     assert_layers_agree(analog, exported, lambda model: embed(model, folder))
     assert (embed(exported, folder) * found).sum(-1).min() > 0.97

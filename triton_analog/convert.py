@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +16,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from triton_analog.config import ConfigError, TorchInferenceRPUConfig
+from triton_analog.config import ConfigError, TorchInferenceRPUConfig, effects
+from triton_analog.coverage.bypassed import check_calls, stop_watching, watch_first_forward
+from triton_analog.coverage.weights import Coverage, describe, measure
+from triton_analog.hints import did_you_mean
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
 from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
+from triton_analog.nn.experts import experts_in
 from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn import AnalogRNN
@@ -41,10 +45,12 @@ CONVERSION_MAP: dict[type[nn.Module], Any] = {
 and ``to_digital(module)``."""
 
 
-def default_conversion_map() -> dict[type[nn.Module], Any]:
-    """:data:`CONVERSION_MAP`, and Hugging Face's Conv1D if anything has imported it: only then can a model have one."""
+def default_conversion_map(model: nn.Module) -> dict[type[nn.Module], Any]:
+    """:data:`CONVERSION_MAP`, Hugging Face's Conv1D if anything has imported it (only then can a model have one), and the
+    classes of experts in ``model``."""
     hugging_face = sys.modules.get("transformers.pytorch_utils")
-    return CONVERSION_MAP if hugging_face is None else CONVERSION_MAP | {hugging_face.Conv1D: AnalogHFConv1D}
+    classes = CONVERSION_MAP | experts_in(model)
+    return classes if hugging_face is None else classes | {hugging_face.Conv1D: AnalogHFConv1D}
 
 
 ConfigFunction = Callable[[str, nn.Module, TorchInferenceRPUConfig], TorchInferenceRPUConfig]
@@ -80,9 +86,10 @@ def convert_to_analog(
     specific_rpu_config_fun: ConfigFunction | None = None,
     module_name: str = "",
     ensure_analog_root: bool = True,
-    exclude_modules: list[str] | None = None,
+    exclude_modules: Collection[str] | str | None = None,
     inplace: bool = False,
     verbose: bool = False,
+    check: Any = None,
 ) -> Any:
     """``module`` with its torch layers replaced by analog ones.
 
@@ -92,21 +99,30 @@ def convert_to_analog(
 
     Subclasses of a class in the map are not replaced, as their own forward would be lost, nor are layers whose forward was
     replaced on the instance, nor weights that are empty or computed by a hook or parametrization, nor
-    ``nn.MultiheadAttention``, which calls its projections as functions. One warning names them all, and the convolutions
-    and recurrent layers without an analog class. Everything is checked before anything is changed.
+    ``nn.MultiheadAttention``, which calls its projections as functions. One warning names them all, the layers without an
+    analog class, and modules with matrices of their own (parameters of two or more dimensions, but for embeddings, norms
+    and tables), and says what share of the weights is on tiles; :func:`triton_analog.analog_summary` says it at any time.
+    Everything is checked before anything is changed.
+
+    A layer whose parent reads its weight and multiplies with it itself never computes. The first training forward of the
+    result, or the first step of an optimizer of this package, warns of such layers; ``check`` finds them at once.
 
     Args:
         module: The model, or a single layer.
         rpu_config: What to simulate; every layer gets a copy.
         conversion_map: Analog class by exact torch class, in place of :data:`CONVERSION_MAP` (to which Hugging Face's
-            ``Conv1D`` is added).
+            ``Conv1D`` is added, and the experts of its models: :class:`~triton_analog.nn.AnalogExperts`).
         specific_rpu_config_fun: ``(full name, module, copy of rpu_config) -> config`` chooses the config of each layer.
         module_name: Name of ``module`` itself, the prefix of all full names.
         ensure_analog_root: Give the result the methods of an analog container (:class:`AnalogWrapper`) if it has none.
-        exclude_modules: Full names of modules to leave digital, with everything below them. A module that is shared is
-            left digital under all its names.
+        exclude_modules: Full names of modules to leave digital, with everything below them, or a single one. A module that
+            is shared is left digital under all its names.
         inplace: Change ``module`` itself instead of a deep copy; layers that were replaced lose their tensors.
         verbose: Print every replacement.
+        check: A sample of inputs: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or
+            ``(args, kwargs)``. ``module`` runs on it once before it is converted, in evaluation mode and without gradients,
+            and one warning names the layers that are not called: those whose weight their parent reads, and those that
+            this sample does not reach.
 
     Returns:
         The converted model. It is the object ``module`` if ``inplace`` and ``module`` itself was not replaced.
@@ -117,14 +133,16 @@ def convert_to_analog(
         TypeError: an argument of another type, or a root whose own methods an :class:`AnalogWrapper` would hide.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module: got {type(module).__name__}; a torch.nn.Module is needed")
+        swapped = isinstance(rpu_config, nn.Module)
+        remedy = "swap the two: convert_to_analog(model, config)" if swapped else "a torch.nn.Module is needed"
+        raise TypeError(f"module: got {type(module).__name__}; {remedy}")
     check_config(rpu_config)
     if not inplace:
         module = copy.deepcopy(module)
-    classes = default_conversion_map() if conversion_map is None else conversion_map
+    classes = default_conversion_map(module) if conversion_map is None else conversion_map
     _check_map(classes)
     excluded = _find_excluded(module, module_name, exclude_modules)
-    layers, left = _select(module, module_name, classes, excluded)
+    layers, left = select(module, module_name, classes, excluded)
     configs = {
         id(layer): _choose_config(name, layer, rpu_config, specific_rpu_config_fun)
         for name, layer in layers
@@ -146,10 +164,18 @@ def convert_to_analog(
             print(f"{name or type(old).__name__}: {type(old).__name__} -> {analog_class.__name__}")
         return new
 
-    if left:
-        warnings.warn(_describe(left), stacklevel=2)
+    told = effects.Told()  # of this model, whatever else the config is used for
+    for config in configs.values():
+        effects.share_told(config, told)
+    effects.warn_of(configs.values(), told)
+    coverage = measure(module, module_name, map(itemgetter(1), layers), dict(left), excluded)
+    if coverage.digital:
+        warnings.warn(_describe(coverage), stacklevel=2)
+    if check is not None:
+        check_calls(module, {name: layer for name, layer in layers if id(layer) in configs}, check)
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
+    watch_first_forward(root)
     return AnalogWrapper(root) if ensure_analog_root else root
 
 
@@ -169,20 +195,20 @@ def _find_excluded(module: nn.Module, module_name: str, names: Any) -> set[int]:
     """The ids of all modules to leave alone."""
     if names is None:
         return set()
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    names = [names] if isinstance(names, str) else names
+    if not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"exclude_modules: got {names!r}; a list of full module names is needed, such as ['encoder.head']"
         )
     modules = dict(module.named_modules(prefix=module_name, remove_duplicate=False))
     for name in names:
         if name not in modules:
-            near = difflib.get_close_matches(name, modules, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "names are those of named_modules()"
+            hint = did_you_mean(name, modules, "names are those of named_modules()", cutoff=0.4)
             raise ValueError(f"exclude_modules: no module is called {name!r}; {hint}")
     return {id(below) for name in names for below in modules[name].modules()}
 
 
-def _select(
+def select(
     module: nn.Module, module_name: str, classes: dict[type[nn.Module], Any], excluded: set[int]
 ) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
     """The modules to replace, and those that look as if they should be but cannot: ``(name, reason)``."""
@@ -197,7 +223,7 @@ def _select(
             if not candidate.IS_CONTAINER:
                 skip.update(map(id, candidate.modules()))
         elif kind in classes:
-            obstacle = _obstacle(candidate)
+            obstacle = _obstacle(candidate, classes[kind])
             if obstacle is None:
                 layers.append((name, candidate))
             elif kind in kinds:
@@ -216,7 +242,7 @@ def _select(
     return layers, left
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _obstacle(module: nn.Module, analog_class: Any) -> str | None:
     """Why ``module``, whose class has an analog one, cannot be replaced."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
@@ -225,6 +251,10 @@ def _obstacle(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is not None and weight.numel() == 0:
         return "its weight is empty"
+    try:
+        getattr(analog_class, "find_layout", id)(module)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -249,11 +279,11 @@ def _choose_config(
         raise ConfigError(f"specific_rpu_config_fun for {name!r}: {error}") from error
 
 
-def _describe(left: list[tuple[str, str]]) -> str:
-    names = "; ".join(f"{name or '(root)'}: {reason}" for name, reason in left)
+def _describe(coverage: Coverage) -> str:
     return (
-        f"convert_to_analog left {len(left)} module(s) digital. {names}. "
-        "Add their classes to conversion_map to convert them, or their names to exclude_modules if this is intended."
+        f"convert_to_analog left {len(coverage.digital)} module(s) digital, and {coverage.percentage}. "
+        f"{'; '.join(describe(coverage.digital))}. Add their classes to conversion_map to convert them, or their names to "
+        "exclude_modules if this is intended."
     )
 
 
@@ -290,7 +320,7 @@ def convert_to_digital(
         if isinstance(old, AnalogWrapper):
             return AnalogWrapper.to_digital(old)
         can_be = isinstance(old, AnalogLayerBase) and hasattr(old, "to_digital")
-        if not can_be if conversion_set is None else type(old) not in conversion_set:
+        if not can_be if conversion_set is None else conversion_set.isdisjoint(_classes_of(old)):
             return old
         kind: Any = type(old)
         new = kind.to_digital(old)
@@ -300,7 +330,13 @@ def convert_to_digital(
 
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
+    stop_watching(root)
     return root
+
+
+def _classes_of(module: nn.Module) -> set[type]:
+    """The class of ``module``, and what that was derived from a user's."""
+    return {type(module), getattr(module, "_base", type(module))}
 
 
 # ---- Shared -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from triton_analog.calls import (
     parts_of,
     seeds_of,
 )
+from triton_analog.idle_arguments import remark
 from triton_analog.ops import _checks as check
 from triton_analog.reference import Patches, merge_moments, num_slices
 
@@ -88,6 +89,11 @@ def modified_weight(
                 parts_of(weight, groups), parts_of(weight_clip, groups, 1), seeds_of(seed, groups), strict=True
             )
         ]
+    kinds = Numbers(
+        weight_quantization=weight_quantization, weight_res=weight_res, weight_noise=weight_noise,
+        weight_noise_std=weight_noise_std,
+    )  # fmt: skip
+    remark(kinds, False)
     weights, scales = zip(*made, strict=True)
     return joined(weights, 0), joined(scales, 1)
 
@@ -175,14 +181,14 @@ def analog_linear(
     if not isinstance(max_input_size, int):
         raise TypeError(f"max_input_size: got {max_input_size!r}; an int is needed")
     tile, tile_wmax = tile_weight or (None, None)
-    return linear(
-        x, weight, bias, input_range, weight_clip, seed, weight_seed, tile, tile_wmax,
-        Numbers(
-            dynamic_input_range, max_input_size, inp_res, out_noise, out_noise_per_channel, out_bound, out_bound_per_channel,
-            out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay, input_min_percentage,
-            fast_mode, training, save_input, groups, patches,
-        ),
+    numbers = Numbers(
+        dynamic_input_range, max_input_size, inp_res, out_noise, out_noise_per_channel, out_bound, out_bound_per_channel,
+        out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay, input_min_percentage,
+        fast_mode, training, save_input, groups, patches,
     )  # fmt: skip
+    y = linear(x, weight, bias, input_range, weight_clip, seed, weight_seed, tile, tile_wmax, numbers)
+    remark(numbers, input_range is not None)
+    return y
 
 
 def _gather(part: Tensor, process_group: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.convert import convert_to_analog, default_conversion_map
 from triton_analog.nn.containers import AnalogSequential
 from triton_analog.nn.settings import decode
+from triton_analog.summary import analog_summary
 
 _CONFIG_KEY = re.compile(r"(?:(.*)\.)?_extra_state[^.]*")
 """The layer's name is its group; recurrent layers have a config for each of their cells' matrices."""
@@ -39,7 +40,7 @@ def restore_analog(module: nn.Module, state_dict: Mapping[str, Any], inplace: bo
             "state_dict: it holds no config of an analog layer (a key that ends with _extra_state); load it into a digital "
             "model, or convert the model with your config and call its load_state_dict"
         )
-    classes = default_conversion_map()
+    classes = default_conversion_map(module)
     layers = {
         name
         for name, layer in module.named_modules(remove_duplicate=False)
@@ -55,11 +56,17 @@ def restore_analog(module: nn.Module, state_dict: Mapping[str, Any], inplace: bo
         module,
         next(iter(configs.values())),
         specific_rpu_config_fun=lambda name, layer, config: configs[name],
-        exclude_modules=sorted(layers - configs.keys()),
+        exclude_modules=sorted({*(layers - configs.keys()), *_digital(module, configs)}),
         inplace=inplace,
     )
     _load(analog, state_dict)
     return analog
+
+
+def _digital(module: nn.Module, configs: Collection[str]) -> list[str]:
+    """What stays digital, so that nothing is said of it again."""
+    names = [weights.name for weights in analog_summary(module).digital]
+    return [name for name in names if name and not any(f"{config}.".startswith(f"{name}.") for config in configs)]
 
 
 def _configs(state_dict: Mapping[str, Any]) -> dict[str, TorchInferenceRPUConfig]:
@@ -67,7 +74,10 @@ def _configs(state_dict: Mapping[str, Any]) -> dict[str, TorchInferenceRPUConfig
     for key, value in state_dict.items():
         match = _CONFIG_KEY.fullmatch(key)
         if match is not None:
-            found.setdefault(match[1] or "", decode(value, TorchInferenceRPUConfig))
+            own = (
+                value[0] if isinstance(value, Tensor) and value.ndim == 2 else value
+            )  # of several experts, each has its own
+            found.setdefault(match[1] or "", decode(own, TorchInferenceRPUConfig))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 import triton_analog.ops as ops
 from triton_analog.aihwkit_bridge.depth import Conv3dByDepth
+from triton_analog.aihwkit_bridge.experts import export_experts, is_known
 from triton_analog.aihwkit_bridge.export_config import base_aihwkit_rpu_config, export_config
 from triton_analog.aihwkit_bridge.package import Notes, load_aihwkit, tile_grid
 from triton_analog.convert import CONVERSION_MAP, carry_over, replace_modules
@@ -42,6 +44,7 @@ def export_to_aihwkit(model: nn.Module, max_output_size: int = -1, *, out_noise:
       this package, as AIHWKIT's own need its C++ tile. Padding that AIHWKIT does not know is a torch layer in front.
     - ``AnalogRNN`` becomes AIHWKIT's, which takes and returns a list of states: of tuples ``(h, c)`` for LSTM cells, of
       tensors for others.
+    - Experts (``AnalogExperts``) stay a module of the same kind, whose ``tiles`` are AIHWKIT's layers, one for each matrix.
     - Tied weights become tiles of their own.
     - Settings that act in training only are carried over where AIHWKIT has them.
 
@@ -114,12 +117,18 @@ class _Exporter:
                     f"{name or '(root)'}: AIHWKIT has nothing like this {type(module).__name__}; exported are AnalogLinear, "
                     "AnalogConv1d, 2d, 3d and AnalogRNN with their own forward: convert this one to digital"
                 )
-            if isinstance(module, AnalogRNN):
+            if is_known(module):
+                self.made[id(module)] = export_experts(module, partial(self._below, name))
+                inside.update(map(id, module.modules()))
+            elif isinstance(module, AnalogRNN):
                 self.made[id(module)] = self._rnn(name, module)
                 inside.update(map(id, module.modules()))
             elif is_layer:
                 make = self._convolution if isinstance(module, _ConvNd) else self._linear
                 self.made[id(module)] = make(name, module)
+
+    def _below(self, name: str, path: str, layer: Any) -> nn.Module:
+        return self._linear(f"{name}.{path}" if name else path, layer)
 
     def _linear(self, name: str, layer: Any) -> nn.Module:
         def make(config: Any) -> Any:

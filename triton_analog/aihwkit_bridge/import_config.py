@@ -10,7 +10,13 @@ from torch import Tensor
 
 from triton_analog.aihwkit_bridge.export_config import RANGE_FIELDS
 from triton_analog.aihwkit_bridge.package import load_aihwkit
-from triton_analog.config import ConfigError, TorchInferenceRPUConfig, WeightClipType, WeightNoiseInjectionType
+from triton_analog.config import (
+    ConfigError,
+    TorchInferenceRPUConfig,
+    WeightClipType,
+    WeightNoiseInjectionType,
+    effects,
+)
 
 _IDEAL_IO = {
     "inp_noise": 0.0,
@@ -80,6 +86,7 @@ def import_config(
         config.validate()
     except ConfigError as error:
         raise ConfigError(f"{layer or '(root)'}: {error}") from error
+    effects.mute(config)  # what cannot act here could not there, and has AIHWKIT's defaults
     return Imported(config, fixed_range, learned_clip)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from triton_analog.aihwkit_bridge.export_model import aihwkit_cells
 from triton_analog.aihwkit_bridge.import_config import import_config
 from triton_analog.aihwkit_bridge.package import Notes, load_aihwkit, tile_grid
+from triton_analog.config import effects
 from triton_analog.convert import CONVERSION_MAP, carry_over, replace_modules, set_fast_paths
 from triton_analog.nn import rnn_cells
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, retype
@@ -128,6 +129,7 @@ class _Importer:
         if not all(made):
             raise TypeError(f"{name or '(root)'}: got an AnalogRNN without tiles; it was built without a config")
         product: Any = next(iter(made[0].values()))
+        effects.mute(product.rpu_config)
         ours = AnalogRNN(
             getattr(rnn_cells, kind),
             first.input_size,

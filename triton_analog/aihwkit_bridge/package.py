@@ -6,6 +6,9 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
+INSTALL = "pip install --only-binary :all: --no-deps aihwkit==1.1.0 and then pip install scipy protobuf 'requests<3'"
+"""Later versions have no wheels, and its own requirements would replace torch."""
+
 
 def load_aihwkit(caller: str) -> SimpleNamespace:
     """The parts of AIHWKIT that the bridge uses.
@@ -22,8 +25,8 @@ def load_aihwkit(caller: str) -> SimpleNamespace:
         from aihwkit.simulator.tiles.inference_torch import TorchInferenceTile
     except ImportError as error:
         raise ImportError(
-            f"{caller} needs the package aihwkit, which cannot be imported ({error}); install it with "
-            "pip install 'triton-analog[aihwkit]'",
+            f"{caller} needs the package aihwkit, which cannot be imported ({error}); install it, and what its torch tiles "
+            f"import, with {INSTALL}",
             name="aihwkit",
         ) from error
     return SimpleNamespace(

@@ -1,5 +1,6 @@
-"""Evaluation on simulated chips: noise models of devices, programming, drift and its compensation."""
+"""Evaluation on simulated chips: noise models of devices, programming, drift and its compensation; and calibration before it."""
 
+from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.inference.chip import Chip, program
 from triton_analog.inference.evaluate import Evaluation, evaluate
 from triton_analog.inference.noise_models import (
@@ -22,12 +23,14 @@ __all__ = [
     "CustomDriftPCMLikeNoiseModel",
     "Evaluation",
     "HermesNoiseModel",
+    "InputRangeCalibrationType",
     "NoiseModel",
     "PCMLikeNoiseModel",
     "PolynomialNoiseModel",
     "ReRamCMONoiseModel",
     "ReRamWan2022NoiseModel",
     "StateIndependentNoiseModel",
+    "calibrate_input_ranges",
     "evaluate",
     "program",
 ]

@@ -103,7 +103,9 @@ class Chip(nn.Module):
         self._cells: list[_Cells] = []
         known: dict[Any, _Cells] = {}
         for name, layer in _layers(self.model):
-            key = id(layer.weight), str(layer.rpu_config.to_dict())
+            source = layer.weight_source
+            shared = id(layer) if source is None else (id(source), layer.weight_index)
+            key = shared, str(layer.rpu_config.to_dict())
             if key not in known:
                 known[key] = _Cells(name, layer, seed, compensation, per_channel)
                 self._cells.append(known[key])
@@ -167,15 +169,17 @@ class _Cells:
         self, name: str, layer: AnalogMatrixLayer, seed: int, compensation: Compensation, per_channel: bool
     ) -> None:
         self.name, self.compensation = name, compensation
-        self._source, self._version = layer.weight, layer.weight._version
+        self._source = layer.weight_source
+        self._version = None if self._source is None else self._source._version
         settings = {key: value for key, value in layer._numbers()._asdict().items() if key in TILE_SETTINGS}
-        self._is_stored = settings["weight_quantization"] == "none" and layer.learnable_weight_clip is None
+        as_stored = settings["weight_quantization"] == "none" and layer.learnable_weight_clip is None
         wanted, self.wmax = modified_weight(
             layer.matrix.detach(),
             weight_clip=None if layer.learnable_weight_clip is None else layer.learnable_weight_clip.detach(),
             **(settings | {"weight_noise": "none"}),
         )
-        self.wanted = layer.matrix.detach() if self._is_stored else wanted
+        # The parameter itself where that will do: no copy of it, as long as nothing changes it.
+        self.wanted = layer.matrix.detach() if as_stored and self._source is not None else wanted
         self.scale = self.wmax
         if not per_channel:
             groups = self.wmax.unflatten(1, (layer.groups, -1))
@@ -187,7 +191,7 @@ class _Cells:
 
     def set(self, curves: Tensor, arguments: dict[str, Any], first: bool) -> None:
         """Make the tile anew; ``first`` right after programming."""
-        if self._is_stored and self._source._version != self._version:
+        if self._source is not None and self._source._version != self._version:
             raise ValueError(
                 f"time: the weight of {self.name!r} was changed since it was programmed; program the model again"
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from triton_analog.integrations.checkpoint_names import as_in_model
 from triton_analog.optim import Attachment, attach
 from triton_analog.restore import restore_analog
 
@@ -67,7 +68,7 @@ def from_pretrained(model_class: Any, directory: str | Path, *, dtype: torch.dty
     """
     config = AutoConfig.from_pretrained(directory)
     digital: nn.Module = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
-    state = _read(directory)
+    state = as_in_model(digital, _read(directory))
     wanted = dtype or next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
     model: Any = restore_analog(digital.to(wanted), state, inplace=True)
     with suppress(OSError):

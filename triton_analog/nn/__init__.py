@@ -3,6 +3,8 @@
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper
 from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
+from triton_analog.nn.expert_matrix import AnalogExpertMatrix
+from triton_analog.nn.experts import AnalogBatchedExperts, AnalogExperts, AnalogParallelExperts
 from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn import AnalogRNN
@@ -15,15 +17,19 @@ from triton_analog.nn.rnn_cells import (
 )
 
 __all__ = [
+    "AnalogBatchedExperts",
     "AnalogConv1d",
     "AnalogConv2d",
     "AnalogConv3d",
+    "AnalogExpertMatrix",
+    "AnalogExperts",
     "AnalogGRUCell",
     "AnalogHFConv1D",
     "AnalogLSTMCell",
     "AnalogLSTMCellCombinedWeight",
     "AnalogLayerBase",
     "AnalogLinear",
+    "AnalogParallelExperts",
     "AnalogRNN",
     "AnalogSequential",
     "AnalogVanillaRNNCell",

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.fx import Proxy
 from typing_extensions import Self
 
 
@@ -71,7 +70,7 @@ class AnalogLayerBase(nn.Module):
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
-def traced_leaf(layer: nn.Module, *inputs: Any) -> Proxy:
+def traced_leaf(layer: nn.Module, *inputs: Any) -> Any:
     """What ``torch.fx.symbolic_trace`` notes of a layer's forward: one call of the layer, as of torch's own.
 
     Raises:
@@ -91,3 +90,15 @@ def named_analog_layers(module: nn.Module) -> Iterator[tuple[str, AnalogLayerBas
     for name, below in module.named_modules():
         if isinstance(below, AnalogLayerBase) and not below.IS_CONTAINER:
             yield name, below
+
+
+def the_input(input: Any, inp: Any) -> Any:
+    """What a layer was called with: ``input``, as torch names it, or ``inp``, as AIHWKIT-Lightning does.
+
+    Raises:
+        TypeError: none of the two, or both.
+    """
+    if (input is None) == (inp is None):
+        given = "none was given" if inp is None else "input and inp were both given"
+        raise TypeError(f"input: one tensor is needed, but {given}")
+    return inp if input is None else input

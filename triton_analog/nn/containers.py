@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
 
 from torch import nn
 from typing_extensions import Self
 
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.derived import Derived, derived_class
 from triton_analog.nn.tied import clip_each_weight, quantize_each_weight
 
 
@@ -50,7 +49,7 @@ class AnalogSequential(AnalogContainerBase, nn.Sequential):
         return retype(module, nn.Sequential)
 
 
-class AnalogWrapper(AnalogContainerBase):
+class AnalogWrapper(Derived, AnalogContainerBase):
     """``AnalogWrapper(model)`` gives ``model`` the methods of an analog container, and returns it.
 
     The instance itself is changed: it moves to a subclass of its class, made once per class, that also derives from
@@ -61,8 +60,6 @@ class AnalogWrapper(AnalogContainerBase):
     Raises:
         TypeError: ``model`` is no module, or uses such a name.
     """
-
-    _original: ClassVar[type[nn.Module]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls is not AnalogWrapper:
@@ -75,7 +72,7 @@ class AnalogWrapper(AnalogContainerBase):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
         check_names(model)
-        model.__class__ = _wrapper_class(type(model))
+        model.__class__ = derived_class(AnalogWrapper, type(model))
         return model
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,13 +85,6 @@ class AnalogWrapper(AnalogContainerBase):
         """Give ``module`` its original class back; the instance itself is changed and returned."""
         module.__class__ = module._original  # type: ignore[assignment]
         return module
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class made here cannot be found by name, so the original is rebuilt in its own way and wrapped again.
-        reduced: Any = super().__reduce_ex__(protocol)
-        func, args, *rest = reduced
-        func, *args = (self._original if value is type(self) else value for value in (func, *args))
-        return (_rebuild, (func, tuple(args)), *rest)
 
 
 def check_names(model: nn.Module) -> None:
@@ -110,29 +100,6 @@ def check_names(model: nn.Module) -> None:
             f"model: {type(model).__name__} has {', '.join(hidden)} of its own, which AnalogWrapper would hide; rename that, "
             "or convert with ensure_analog_root=False and put the model into an AnalogSequential"
         )
-
-
-_wrapper_classes: WeakValueDictionary[type[nn.Module], type[AnalogWrapper]] = WeakValueDictionary()
-
-
-def _wrapper_class(original: type[nn.Module]) -> type[AnalogWrapper]:
-    """The subclass for ``original``: one per class object, as two classes may share a name."""
-    wrapper = _wrapper_classes.get(original)
-    if wrapper is None:
-        body = {
-            "__module__": original.__module__,
-            "__qualname__": f"AnalogWrapper[{original.__qualname__}]",
-            "__doc__": original.__doc__,
-            "_original": original,
-        }
-        wrapper = types.new_class(original.__name__, (AnalogWrapper, original), {}, lambda space: space.update(body))
-        _wrapper_classes[original] = wrapper
-    return wrapper
-
-
-def _rebuild(func: Any, args: tuple[Any, ...]) -> Any:
-    """Recreate a wrapped module from the way in which its original class is recreated."""
-    return AnalogWrapper(func(*args))
 
 
 def retype(module: nn.Module, cls: Any) -> Any:

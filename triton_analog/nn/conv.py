@@ -12,8 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
-from triton_analog.nn.base import traced_leaf
+from triton_analog.nn.base import the_input, traced_leaf
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.settings import refuse_config
 from triton_analog.reference import Patches
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -52,6 +53,7 @@ class _AnalogConv(AnalogMatrixLayer):
         dtype: torch.dtype | None = None,
         rpu_config: TorchInferenceRPUConfig | None = None,
     ) -> None:
+        refuse_config(locals())
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels < 1:
                 raise ValueError(f"{name}: got {channels}; a tile needs at least 1")
@@ -106,13 +108,15 @@ class _AnalogConv(AnalogMatrixLayer):
         """The patches of ``x [B, in_channels, *size]``: rows ``[B * places, in_channels * prod(kernel_size)]``."""
         return self.patches.unfold(x)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``input [B, in_channels, *size]`` to ``[B, out_channels, *size]``, both also without ``B``.
+    def forward(self, input: Tensor | None = None, *, inp: Tensor | None = None) -> Tensor:
+        """``input [B, in_channels, *size]`` to ``[B, out_channels, *size]``, both also without ``B``; ``inp`` is another name.
 
         Raises:
             TypeError: ``input`` is no floating-point tensor, or of another dtype than the weight outside autocast.
             ValueError: another number of dimensions or channels, or an input that is too small.
         """
+        if input is None or inp is not None:
+            input = the_input(input, inp)
         if input.__class__ is not Tensor and isinstance(input, Proxy):
             return traced_leaf(self, input)
         batched = input.ndim != self.RANK + 1

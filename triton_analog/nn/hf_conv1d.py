@@ -12,6 +12,7 @@ from typing_extensions import Self
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.base import traced_leaf
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.settings import refuse_config
 
 
 class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
@@ -41,6 +42,7 @@ class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
         dtype: torch.dtype | None = None,
         rpu_config: TorchInferenceRPUConfig | None = None,
     ) -> None:
+        refuse_config(locals())
         for name, size in (("nf", nf), ("nx", nx)):
             if size < 1:
                 raise ValueError(f"{name}: got {size}; a tile needs at least 1")

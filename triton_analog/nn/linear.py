@@ -10,9 +10,10 @@ from torch.fx import Proxy
 from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
-from triton_analog.nn.base import traced_leaf
+from triton_analog.nn.base import the_input, traced_leaf
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.one_forward import OneForward
+from triton_analog.nn.settings import refuse_config
 
 
 class AnalogLinear(AnalogMatrixLayer, nn.Linear):
@@ -40,14 +41,22 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
         dtype: torch.dtype | None = None,
         rpu_config: TorchInferenceRPUConfig | None = None,
     ) -> None:
+        refuse_config(locals())
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if size < 1:
                 raise ValueError(f"{name}: got {size}; a tile needs at least 1")
         super().__init__(in_features, out_features, bias, device, dtype)
         self.init_analog(rpu_config)
 
-    def forward(self, input: Tensor, one_forward: OneForward | None = None) -> Tensor:
-        """``input [..., K]`` to ``[..., N]``; calls with the same ``one_forward`` are one forward with one weight."""
+    def forward(
+        self, input: Tensor | None = None, one_forward: OneForward | None = None, *, inp: Tensor | None = None
+    ) -> Tensor:
+        """``input [..., K]`` to ``[..., N]``; calls with the same ``one_forward`` are one forward with one weight.
+
+        ``inp`` is another name for ``input``.
+        """
+        if input is None or inp is not None:
+            input = the_input(input, inp)
         if input.__class__ is not Tensor and isinstance(input, Proxy):
             return traced_leaf(self, input)
         return self.analog_matmul(input, one_forward)

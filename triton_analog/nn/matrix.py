@@ -18,10 +18,10 @@ from triton_analog.config import (
     WeightClipType,
     WeightQuantizationType,
     changes,
+    effects,
 )
 from triton_analog.functional import modified_weight
 from triton_analog.nn.one_forward import OneForward
-from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -67,8 +67,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         {
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
-            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked"),
-            *("_of_modes", "_numbers_of", "programmed"),
+            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked", "_told"),
+            *("_of_modes", "_numbers_of", "was_called", "programmed"),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
@@ -85,16 +85,21 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
     groups: int = 1
-    programmed: ProgrammedTile | None = None
-    """What the devices of a simulated chip hold in place of the weight."""
+    weight_index: int | None = None
+    """Which of the weights that are stacked in one parameter is this layer's; None: it has a parameter of its own."""
     CHANNEL_DIM: ClassVar[int] = 0
     """The dimension of ``weight`` that counts outputs."""
     _checked: TorchInferenceRPUConfig | None
     """A copy of the config when it was checked."""
+    _told: effects.Told
+    """What has been said of the configs of this model."""
     _of_modes: tuple[Numbers, ...]
     """The config as ``analog_linear`` takes it, in evaluation and in training."""
     _numbers_of: tuple[TorchInferenceRPUConfig, int] | None
     """The config that they are of, and how many changes of configs there had been."""
+
+    was_called = False
+    """Whether a forward of this layer has run, or was compiled. A layer that never is computes nothing."""
 
     _weight_version = 0
     _changes_without_clip = 0
@@ -107,7 +112,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         Raises:
             ConfigError: no config, something that is no config, or one that is not valid.
         """
-        self.rpu_config = copy.deepcopy(check_config(rpu_config))
+        self.rpu_config, self._told = copy.deepcopy(check_config(rpu_config)), effects.told_of(rpu_config)
+        effects.warn_of([self.rpu_config], self._told)
         self.tile_shape = tuple(self.matrix.shape)
         for name in ("input_range", "learnable_weight_clip"):
             self.register_parameter(name, None)
@@ -176,6 +182,15 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         return self.weight.flatten(1)
 
     @property
+    def weight_source(self) -> nn.Parameter | None:
+        """The parameter that holds the weight; None where a hook or parametrization computes the weight."""
+        return self._parameters.get("weight")
+
+    def weight_part(self, source: Tensor) -> Tensor:
+        """The weight of this layer in ``source``, a tensor of the shape of :attr:`weight_source`: a view."""
+        return source if self.weight_index is None else source[self.weight_index]
+
+    @property
     def slices(self) -> int:
         """Number of slices ``S`` of the ``K`` inputs (of one group)."""
         return num_slices(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
@@ -188,6 +203,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def get_split_sizes(self) -> list[int]:
         """Width of every slice."""
         return split_sizes(self.tile_shape[1], self.rpu_config.mapping.max_input_size)
+
+    @property
+    def in_sizes(self) -> list[int]:
+        """Another name for :meth:`get_split_sizes`."""
+        return self.get_split_sizes()
 
     def reconfigure(self, rpu_config: TorchInferenceRPUConfig) -> None:
         """Change to a copy of ``rpu_config``, adding and removing parameters as it needs; the others keep their values.
@@ -206,6 +226,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             )
         learned = self.rpu_config.pre_post.input_range.learn_input_range
         self.rpu_config = copy.deepcopy(rpu_config)
+        effects.warn_of([self.rpu_config], self._told)
         if self.input_range is not None and rpu_config.pre_post.input_range.learn_input_range != learned:
             self.input_range.requires_grad_(not learned)
         self._fit_state()
@@ -236,6 +257,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def _numbers(self) -> Numbers:
         """The config as ``analog_linear`` takes it, checked again whenever it has changed."""
         if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
+            _note_call(self)
             wrong = fault(self.rpu_config)
             if wrong is not None:
                 raise ConfigError(wrong)
@@ -253,7 +275,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             if self.rpu_config != self._checked:
                 self.rpu_config.validate()
                 self._check_state()
+                # Else the config is one for a while, as while ranges are calibrated.
+                if "analog_matmul" not in vars(self):
+                    effects.warn_of([self.rpu_config], self._told)
                 self._checked = copy.deepcopy(self.rpu_config)
+                self.was_called = True
                 known = settings(self.rpu_config)
                 self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
             self._numbers_of = self.rpu_config, now
@@ -442,6 +468,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         """Switch weight quantization and clip off in this layer's config."""
         self.rpu_config.modifier.quantization_type = WeightQuantizationType.NONE
         self.rpu_config.clip.type = WeightClipType.NONE
+        self._told.remarks.update(effects.remarks(self.rpu_config))  # they have done their work
         self._fit_state()
 
     # ---- State --------------------------------------------------------------------------------------------------------
@@ -489,9 +516,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         if prefix + "input_range_update_idx" in state_dict:
             self._continue_loaded_range()
         self._reset_residual()
-        weight = self._parameters.get("weight")
-        if weight is not None:
-            self._fit_weight_noise(weight.device)
+        source = self.weight_source
+        if source is not None:
+            self._fit_weight_noise(source.device)
         if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
             self.reset_weight_clip()
 
@@ -515,8 +542,14 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         return None
 
     def extra_repr(self) -> str:
-        changes = [f"{path}={value}" for path, value in self.rpu_config.changes().items()]
-        return ", ".join([*filter(None, [super().extra_repr()]), f"slices={self.get_split_sizes()}", *changes])
+        parts = [super().extra_repr(), f"slices={self.get_split_sizes()}", *self.rpu_config.marked_changes()]
+        return ", ".join(filter(None, parts))
+
+
+@torch.compiler.assume_constant_result
+def _note_call(layer: AnalogMatrixLayer) -> None:
+    """Compilers run this while they trace; the compiled forward has nothing of it."""
+    layer.was_called = True
 
 
 def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:
@@ -525,18 +558,18 @@ def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:
 
 
 def _stored_weight(module: nn.Module) -> Tensor:
-    """The parameter ``weight`` of ``module``.
+    """The weight of ``module`` as it is stored: its parameter, or its part of one.
 
     Raises:
         ValueError: it has none, as a hook or parametrization computes the weight: a change of that would be lost.
     """
-    weight = module._parameters.get("weight")
+    weight = module.weight_source if isinstance(module, AnalogMatrixLayer) else module._parameters.get("weight")
     if weight is None:
         raise ValueError(
             f"weight: that of this {type(module).__name__} is not a parameter but computed from others "
             "(weight_norm, pruning, a parametrization); remove that first, or leave the layer digital"
         )
-    return weight
+    return module.weight_part(weight) if isinstance(module, AnalogMatrixLayer) else weight
 
 
 def _check_shape(name: str, given: Any, own: Tensor) -> None:

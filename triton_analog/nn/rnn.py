@@ -18,12 +18,14 @@ from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import input_dtype
 from triton_analog.nn import rnn_digital as digital
 from triton_analog.nn import rnn_states as forms
-from triton_analog.nn.base import traced_leaf
+from triton_analog.nn.base import the_input, traced_leaf
 from triton_analog.nn.containers import AnalogContainerBase
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.rnn_cells import AnalogRNNCellBase, State
+from triton_analog.nn.rnn_layers import ModularRNN, arranged
 from triton_analog.nn.rnn_names import load_torch_names, save_torch_names
 from triton_analog.nn.rnn_sequence import in_form_of, rows_of, run, run_reverse
+from triton_analog.nn.settings import refuse_config
 
 
 class AnalogRNN(AnalogContainerBase):
@@ -94,6 +96,7 @@ class AnalogRNN(AnalogContainerBase):
         *,
         nonlinearity: str = "tanh",
     ) -> None:
+        refuse_config(locals())
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             if size < 1:
@@ -117,6 +120,11 @@ class AnalogRNN(AnalogContainerBase):
                 self.cells[f"l{layer}{suffix}"] = make(width, hidden_size, bias, device, dtype, rpu_config)
         self.reset_parameters(xavier)
         self.register_state_dict_post_hook(save_torch_names)
+
+    @property
+    def rnn(self) -> ModularRNN:
+        """The cells as AIHWKIT-Lightning arranges them: ``rnn.layers[0].cell``, or ``.directions[0].cell`` if bidirectional."""
+        return arranged(list(self._cells()), self.directions)
 
     @property
     def directions(self) -> int:
@@ -159,7 +167,9 @@ class AnalogRNN(AnalogContainerBase):
 
     # ---- Forward ------------------------------------------------------------------------------------------------------
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self, input: Tensor | PackedSequence | None = None, hx: Any = None, *, inp: Any = None, states: Any = None
+    ) -> tuple[Any, Any]:
         """The outputs of the last layer for every time step, and the state of every layer after the last one.
 
         With ``D`` directions, ``L`` layers, and ``P = proj_size or H``, states have one of two forms:
@@ -176,6 +186,7 @@ class AnalogRNN(AnalogContainerBase):
             input: ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` for a sequence without a batch, whose outputs
                 and states have none either, or a ``PackedSequence`` as torch's layers take it, sorted or not.
             hx: The states before the first time step, or None.
+            inp, states: Other names for ``input`` and ``hx``.
 
         Returns:
             ``[T, B, D * P]``, or as the input is, in its dtype (under autocast: of autocast), and the states.
@@ -183,6 +194,12 @@ class AnalogRNN(AnalogContainerBase):
         Raises:
             TypeError, ValueError: dtypes, devices or shapes outside the above.
         """
+        if input is None or inp is not None:
+            input = the_input(input, inp)
+        if states is not None:
+            if hx is not None:
+                raise TypeError("hx: given, and states too, which is another name for it; pass one of the two")
+            hx = states
         if input.__class__ is not Tensor and isinstance(input, Proxy):
             return traced_leaf(self, input, *(() if hx is None else (hx,)))
         self._check_input(input)
@@ -198,18 +215,18 @@ class AnalogRNN(AnalogContainerBase):
         )
         as_torch = not self.lists_states if hx is None else forms.is_torch_form(hx)
         if hx is None:
-            states = forms.zero_states(shape)
+            before = forms.zero_states(shape)
         else:
-            states = forms.from_torch(hx, shape) if as_torch else forms.from_list(hx, shape)
+            before = forms.from_torch(hx, shape) if as_torch else forms.from_list(hx, shape)
         if isinstance(input, PackedSequence) and input.sorted_indices is not None:
-            states = [tuple(part.index_select(0, input.sorted_indices) for part in state) for state in states]
+            before = [tuple(part.index_select(0, input.sorted_indices) for part in state) for state in before]
         final: list[State] = []
         for layer in range(self.num_layers):
             if layer > 0:
                 rows = rows._replace(data=nn.functional.dropout(rows.data, self.dropout, self.training))
             outputs = []
             for name, pass_over in ((f"l{layer}", run), (f"l{layer}_reverse", run_reverse))[: self.directions]:
-                data, state = pass_over(self._cell(name), rows, states[len(final)])
+                data, state = pass_over(self._cell(name), rows, before[len(final)])
                 outputs.append(data)
                 final.append(state)
             rows = rows._replace(data=outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))

@@ -13,6 +13,7 @@ from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.containers import AnalogContainerBase
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.one_forward import OneForward
+from triton_analog.nn.settings import refuse_config
 
 State = tuple[Tensor, ...]
 """The hidden state of a cell, then its cell state if it has one; each ``[B, size]``."""
@@ -110,6 +111,7 @@ class AnalogVanillaRNNCell(AnalogRNNCellBase):
         rpu_config: TorchInferenceRPUConfig | None = None,
         nonlinearity: str = "tanh",
     ) -> None:
+        refuse_config(locals())
         super().__init__(input_size, hidden_size)
         if nonlinearity not in NONLINEARITIES:
             raise ValueError(f"nonlinearity: got {nonlinearity!r}; allowed are {', '.join(map(repr, NONLINEARITIES))}")
@@ -145,6 +147,7 @@ class AnalogGRUCell(AnalogRNNCellBase):
         dtype: torch.dtype | None = None,
         rpu_config: TorchInferenceRPUConfig | None = None,
     ) -> None:
+        refuse_config(locals())
         super().__init__(input_size, hidden_size)
         product = partial(AnalogLinear, bias=bias, device=device, dtype=dtype, rpu_config=rpu_config)
         self.weight_ih = product(input_size, 3 * hidden_size)
@@ -178,6 +181,7 @@ class _LSTMCell(AnalogRNNCellBase):
         rpu_config: TorchInferenceRPUConfig | None = None,
         proj_size: int = 0,
     ) -> None:
+        refuse_config(locals())
         super().__init__(input_size, hidden_size)
         if not 0 <= proj_size < hidden_size:
             raise ValueError(f"proj_size: got {proj_size}; allowed are 0 (none) to hidden_size - 1 = {hidden_size - 1}")

@@ -44,10 +44,7 @@ def check_config(rpu_config: Any) -> TorchInferenceRPUConfig:
         ConfigError: it is missing, of another type, or not valid.
     """
     if not isinstance(rpu_config, TorchInferenceRPUConfig):
-        given = "nothing" if rpu_config is None else repr(rpu_config)
-        raise ConfigError(
-            f"rpu_config: got {given}; pass a config object, such as rpu_config=TorchInferenceRPUConfig()"
-        )
+        raise ConfigError(f"rpu_config: got {_described(rpu_config)}, such as rpu_config=TorchInferenceRPUConfig()")
     rpu_config.validate()
     return rpu_config
 
@@ -61,6 +58,29 @@ def fault(config: TorchInferenceRPUConfig) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def _described(given: Any) -> str:
+    """Something that is no config, and what to do about it."""
+    if given is None:
+        return "nothing; pass a config object"
+    if isinstance(given, type) and issubclass(given, TorchInferenceRPUConfig):
+        return f"the class {given.__name__}; pass a config object, which calling it makes"
+    kind = type(given)
+    if kind.__name__.endswith("RPUConfig"):
+        return f"a {kind.__name__} of {kind.__module__}; pass a config object of triton_analog.config"
+    return f"{given!r}; pass a config object"
+
+
+def refuse_config(arguments: dict[str, Any]) -> None:
+    """No config lies in any place of a constructor's ``arguments`` but that of ``rpu_config``.
+
+    Raises:
+        TypeError: one does, as in ``AnalogLinear(4, 2, config)``.
+    """
+    for name, value in arguments.items():
+        if name != "rpu_config" and isinstance(value, TorchInferenceRPUConfig):
+            raise TypeError(f"{name}: got a {type(value).__name__}; pass the config by its name: rpu_config=config")
 
 
 def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:

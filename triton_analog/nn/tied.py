@@ -16,10 +16,9 @@ def layers_by_clip(layers: Iterable[AnalogLayerBase]) -> list[list[Any]]:
     """
     found: dict[Any, list[Any]] = {}
     for layer in layers:
-        weight = layer._parameters.get("weight")
         key: Any = layer
-        if isinstance(layer, AnalogMatrixLayer) and weight is not None:
-            key = id(weight), layer.gaussian_clip()
+        if isinstance(layer, AnalogMatrixLayer) and layer.weight_source is not None:
+            key = id(layer.weight_source), layer.weight_index, layer.gaussian_clip()
         found.setdefault(key, []).append(layer)
     return list(found.values())
 
@@ -42,7 +41,7 @@ def quantize_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
         if isinstance(layer, AnalogMatrixLayer):
             modifier = layer.rpu_config.modifier
             tiles = (layer.CHANNEL_DIM, layer.slices, layer.groups, id(layer.learnable_weight_clip))
-            key = (id(layer._parameters.get("weight")), modifier.quantization_type, modifier.res, *tiles)
+            key = (id(layer.weight_source), layer.weight_index, modifier.quantization_type, modifier.res, *tiles)
             if key in quantized:
                 layer.stop_quantizing()
                 continue

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from triton_analog.coverage.bypassed import warn_of_gradients
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.tied import layers_by_clip
@@ -46,6 +47,8 @@ class AfterStep:
         state = self._state(layers)
         plan = self._plan
         if plan is None or plan.state != state:
+            if self._layers.root is not None:
+                warn_of_gradients(self._layers.root)
             plan = _Plan(state, layers, self._stepped_layers(layers), self._masters)
             self._plan = None if plan.is_captured() else plan  # what is made in a capture has no tables
         elif plan.is_captured() and plan not in self._captured:
@@ -82,13 +85,13 @@ def clipped_with(layer: AnalogLayerBase) -> list[Tensor]:
 
 
 def _weight_of(layer: AnalogLayerBase) -> nn.Parameter | None:
-    """The weight that is clipped; None where none is a parameter."""
-    return layer._parameters.get("weight") if isinstance(layer, AnalogMatrixLayer) else None
+    """The parameter that holds the weight; None where none does."""
+    return layer.weight_source if isinstance(layer, AnalogMatrixLayer) else None
 
 
 def _state_of(layer: AnalogLayerBase, masters: Masters | None) -> Hashable:
     """Of one layer. It runs for every layer in every step."""
-    weight = layer._parameters.get("weight")
+    weight = _weight_of(layer)
     if type(weight) is not nn.Parameter or not isinstance(layer, AnalogMatrixLayer):
         return id(layer), *((id(parameter), parameter.requires_grad) for parameter in clipped_with(layer))
     clip = layer.rpu_config.clip
@@ -148,10 +151,10 @@ class _Plan:
             clip = first.gaussian_clip()
             if clip is None:
                 continue
-            stepped = weight.detach()
+            stepped = first.weight_part(weight.detach())
             if masters is not None:
                 self._weights.append(stepped)
-                stepped = masters.read(weight).detach()
+                stepped = first.weight_part(masters.read(weight).detach())
                 self._copies.append(stepped)
             weights.append(stepped)
             sigmas.append(clip[0])
@@ -204,7 +207,7 @@ class _Plan:
             layer.clip_weights()
             return
         master = masters.read(weight)
-        layer.clip_weights(master)  # type: ignore[call-arg]
+        layer.clip_weights(layer.weight_part(master))  # type: ignore[call-arg, operator]
         masters.write(weight, master)
 
     def _masters_of(self, weight: Tensor | None) -> Masters | None:

@@ -22,17 +22,18 @@ class KnownLayers:
 
     def __init__(self, given: nn.Module | Layers) -> None:
         self._given = given
-        self._root = given if isinstance(given, nn.Module) else _owner(given)
+        self.root: nn.Module | None = given if isinstance(given, nn.Module) else _owner(given)
+        """The model, if it is known."""
         self._layers: list[AnalogLayerBase] = given if isinstance(given, list) else []
         self._modules: list[nn.Module] | None = None
         self._children: list[list[nn.Module | None]] = []
 
     def __call__(self) -> list[AnalogLayerBase]:
-        if self._root is not None:
+        if self.root is not None:
             if self._modules is None or _children(self._modules) != self._children:
-                self._modules = list(self._root.modules())
+                self._modules = list(self.root.modules())
                 self._children = _children(self._modules)
-                self._layers = layers_of(self._root)
+                self._layers = layers_of(self.root)
         elif callable(self._given):
             layers = list(self._given())
             if list(map(id, layers)) != list(map(id, self._layers)):

@@ -1,0 +1,3 @@
+"""The number of this version; pyproject.toml reads it here."""
+
+__version__ = "0.1.0"

@@ -79,9 +79,10 @@ class NoiseModel(ABC):
         for column, law in ((0, "programming_std"), (2, "drift_std"), (3, "read_factor")):
             values = curves[:, column]
             worst = int(torch.where(values.isnan(), -inf, values).argmin())
+            g = self.g_max * min(float(r[worst]), 1.0)
             if not values[worst] >= 0:
                 raise ValueError(
-                    f"{type(self).__name__}.{law}: is {values[worst]:g} at {min(r[worst], 1.0) * self.g_max:g} uS; a deviation must be "
+                    f"{type(self).__name__}.{law}: is {values[worst]:g} at {g:g} uS; a deviation must be "
                     f">= 0 from 0 to g_max, {self.g_max:g} uS"
                 )
 

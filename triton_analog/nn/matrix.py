@@ -22,6 +22,7 @@ from triton_analog.config import (
 )
 from triton_analog.functional import modified_weight
 from triton_analog.nn.one_forward import OneForward
+from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -85,6 +86,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
     groups: int = 1
+    programmed: ProgrammedTile | None = None
+    """What the devices of a simulated chip hold in place of the weight."""
     weight_index: int | None = None
     """Which of the weights that are stacked in one parameter is this layer's; None: it has a parameter of its own."""
     CHANNEL_DIM: ClassVar[int] = 0

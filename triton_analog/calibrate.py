@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import triton_analog.ops as ops
 from triton_analog.config import ConfigError, IOParameters, TorchInferenceRPUConfig
+from triton_analog.hints import names_of
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.range_statistics import (
     LargestOfBatches,
@@ -317,7 +318,7 @@ def _warn_of_others(every_layer: Layers, layers: Layers, ranges: dict[str, Tenso
     ):
         if names:
             warnings.warn(
-                f"calibrate_input_ranges left {len(names)} analog layer(s) as they were: {', '.join(names)}. {why[0].upper()}"
+                f"calibrate_input_ranges left {len(names)} analog layer(s) as they were: {names_of(names)}. {why[0].upper()}"
                 f"{why[1:]}.",
                 stacklevel=3,
             )

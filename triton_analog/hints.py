@@ -1,12 +1,15 @@
-"""Words for users who may have meant something else: near names, bits that were taken for steps, and their own line."""
+"""Words for users: near names, many names in few, bits that were taken for steps, and their own line."""
 
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Iterable
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^. ])")
+_NAMES_SHOWN = 3
 _INSIDE = ("triton_analog", "torch", "contextlib")
 """Packages whose frames lie between a warning and the line of the user that it is about."""
 
@@ -16,6 +19,17 @@ def did_you_mean(given: str, names: Iterable[str], otherwise: str, cutoff: float
     spelt = {name.lower(): name for name in names}
     near = difflib.get_close_matches(given.lower(), spelt, n=3, cutoff=cutoff)
     return f"{lead}did you mean {' or '.join(repr(spelt[name]) for name in near)}?" if near else otherwise
+
+
+def names_of(names: Iterable[str]) -> str:
+    """``names`` in a sentence; many that differ in numbers alone are one pattern."""
+    patterns: dict[str, list[str]] = {}
+    for name in names:
+        patterns.setdefault(_NUMBER.sub("*", name), []).append(name)
+    return ", ".join(
+        f"{pattern} ({len(own)} of them)" if len(own) > _NAMES_SHOWN else ", ".join(own)
+        for pattern, own in patterns.items()
+    )
 
 
 def bits_for_steps(res: float) -> str | None:

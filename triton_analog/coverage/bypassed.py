@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.backends import mha
 from torch.utils._pytree import tree_leaves
 
-from triton_analog.coverage.weights import names_of
+from triton_analog.hints import names_of
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
 

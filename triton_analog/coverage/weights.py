@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
+from triton_analog.hints import names_of
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
 
@@ -19,8 +20,6 @@ _TABLE = re.compile(
     r"bias|norm|scale|gamma|beta|alpha|mask|log)(_|$)"
 )
 """Names of parameters that are looked up, added or multiplied element by element."""
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^. ])")
-_NAMES_SHOWN = 3
 
 
 class DigitalWeights(NamedTuple):
@@ -146,14 +145,3 @@ def describe(digital: Iterable[DigitalWeights]) -> list[str]:
     for weights in digital:
         groups.setdefault((weights.kind, weights.reason), []).append(weights.name or "(root)")
     return [f"{names_of(names)}: {reason}" for (_, reason), names in groups.items()]
-
-
-def names_of(names: Iterable[str]) -> str:
-    """``names`` in a sentence; many that differ in numbers alone are one pattern."""
-    patterns: dict[str, list[str]] = {}
-    for name in names:
-        patterns.setdefault(_NUMBER.sub("*", name), []).append(name)
-    return ", ".join(
-        f"{pattern} ({len(own)} of them)" if len(own) > _NAMES_SHOWN else ", ".join(own)
-        for pattern, own in patterns.items()
-    )

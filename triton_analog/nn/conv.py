@@ -115,10 +115,10 @@ class _AnalogConv(AnalogMatrixLayer):
             TypeError: ``input`` is no floating-point tensor, or of another dtype than the weight outside autocast.
             ValueError: another number of dimensions or channels, or an input that is too small.
         """
-        if input is None or inp is not None:
-            input = the_input(input, inp)
         if input.__class__ is not Tensor and isinstance(input, Proxy):
             return traced_leaf(self, input)
+        if input is None or inp is not None:
+            input = the_input(input, inp)
         batched = input.ndim != self.RANK + 1
         x = input if batched else input.unsqueeze(0)
         if self.padding_mode != "zeros" and x.ndim == self.RANK + 2:  # any other input is refused below

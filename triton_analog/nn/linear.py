@@ -55,10 +55,10 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
 
         ``inp`` is another name for ``input``.
         """
-        if input is None or inp is not None:
-            input = the_input(input, inp)
         if input.__class__ is not Tensor and isinstance(input, Proxy):
             return traced_leaf(self, input)
+        if input is None or inp is not None:
+            input = the_input(input, inp)
         return self.analog_matmul(input, one_forward)
 
     @classmethod

@@ -194,14 +194,14 @@ class AnalogRNN(AnalogContainerBase):
         Raises:
             TypeError, ValueError: dtypes, devices or shapes outside the above.
         """
+        if input.__class__ is not Tensor and isinstance(input, Proxy):
+            return traced_leaf(self, input, *(() if hx is None else (hx,)))
         if input is None or inp is not None:
             input = the_input(input, inp)
         if states is not None:
             if hx is not None:
                 raise TypeError("hx: given, and states too, which is another name for it; pass one of the two")
             hx = states
-        if input.__class__ is not Tensor and isinstance(input, Proxy):
-            return traced_leaf(self, input, *(() if hx is None else (hx,)))
         self._check_input(input)
         rows = rows_of(input, self.batch_first)
         shape = forms.StateShape(

@@ -90,4 +90,4 @@ def program(
         total = 2 * (device((v + full) / 2 + g_min, 0) - g_min) - full
     else:
         total = torch.where(v < 0, -1.0, 1.0) * device(v.abs(), 0)
-    return (total * (scale / full)).to(weight.dtype)
+    return (total * (scale / full)).to(weight.dtype).contiguous()

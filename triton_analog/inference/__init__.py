@@ -2,7 +2,7 @@
 
 from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.inference.chip import Chip, program
-from triton_analog.inference.evaluate import Evaluation, evaluate
+from triton_analog.inference.evaluation import Evaluation, evaluate
 from triton_analog.inference.noise_models import (
     AdditivePerChannelNoiseModel,
     AnalogFoundationNoiseModel,

@@ -170,7 +170,7 @@ class _Cells:
     ) -> None:
         self.name, self.compensation = name, compensation
         self._source = layer.weight_source
-        self._version = None if self._source is None else self._source._version
+        self._version = 0 if self._source is None else self._source._version
         settings = {key: value for key, value in layer._numbers()._asdict().items() if key in TILE_SETTINGS}
         as_stored = settings["weight_quantization"] == "none" and layer.learnable_weight_clip is None
         wanted, self.wmax = modified_weight(
@@ -188,6 +188,15 @@ class _Cells:
         self.seed = torch.tensor([int.from_bytes(words, "little") >> 1], dtype=torch.int64, device=self.wmax.device)
         self.tile = ProgrammedTile()
         self.baseline: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have another parameter, which counts its changes anew."""
+        return vars(self) | {"_version": self._version - (0 if self._source is None else self._source._version)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._source is not None:
+            self._version += self._source._version
 
     def set(self, curves: Tensor, arguments: dict[str, Any], first: bool) -> None:
         """Make the tile anew; ``first`` right after programming."""

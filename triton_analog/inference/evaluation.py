@@ -171,6 +171,7 @@ def _number(metric: Metric, model: Chip | nn.Module) -> float:
         found = metric(model)
     if isinstance(found, Tensor) and found.numel() == 1:
         found = found.item()
-    if isinstance(found, bool) or (not isinstance(found, int | float) and not hasattr(found, "__float__")):
+    is_number = isinstance(found, int | float) or (hasattr(found, "__float__") and not isinstance(found, Tensor))
+    if isinstance(found, bool) or not is_number:
         raise TypeError(f"metric: it gave {found!r}; one number is needed, such as an accuracy")
     return float(found)

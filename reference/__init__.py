@@ -21,6 +21,7 @@ from .matmul_dgrad import matmul_dgrad
 from .matmul_wgrad import matmul_wgrad
 from .noise import noise
 from .patches import Patches
+from .program import program
 from .slicing import num_slices, slice_widths, split_sizes
 from .std import merge_moments, moments, std, std_of
 from .weight import weight, weight_grad
@@ -51,6 +52,7 @@ __all__ = [
     "noise",
     "num_slices",
     "pack_bits",
+    "program",
     "slice_widths",
     "split_sizes",
     "std",

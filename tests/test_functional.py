@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton_analog.reference import split_sizes
 
 from triton_analog import ops
 from triton_analog.functional import analog_linear, draw_seed, update_input_range
 from triton_analog.launch import backend as run_on
+from triton_analog.reference import split_sizes
 
 M, K, N, TILE = 37, 50, 21, 20
 SEED = 1234

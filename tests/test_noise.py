@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 from helpers import seed_of
-from triton_analog.reference.noise import philox as reference_philox
 
 from triton_analog import ops, reference
 from triton_analog.lang import normal_tile
 from triton_analog.ops.noise import NoiseConfig, launch_noise
+from triton_analog.reference.noise import philox as reference_philox
 
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF, -1234567890123456789]
 SIDE = 2048

@@ -36,8 +36,10 @@ def samples():
     modifier = ("per_channel", 30.0, "per_channel", 0.1)
     off = (-1.0, 0.0, None, 0.0, None, -1.0, None)
     converters = (254.0, 0.1, wmax, 1.0, wmax, 254.0)
+    device = (0.0, 25.0, 3.0, 4.0, -0.1, 0.2, 0.0, 50.0, -2.0, 2.0, 1)
     return [
         ("noise", (seed, 3, 17, 2, 0)),
+        ("program", (weight, wmax, seed, torch.rand(8, 4), "pair", (1.0, 2.0), *device)),
         ("absmax", (x, SLICES)),
         ("moments", (x, SLICES, None)),
         ("moments", (x.T, SLICES, torch.tensor([True, False, True]))),

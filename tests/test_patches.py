@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from triton_analog.reference import Patches
 
 SIZE = (7, 6, 5)

@@ -11,11 +11,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "REA
 
 
 def test_the_examples_are_found():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize(
-    "block", BLOCKS, ids=["basic", "conversion", "calibration", "saving", "attaching", "aihwkit", "functional"]
+    "block", BLOCKS, ids=["basic", "conversion", "calibration", "saving", "attaching", "chip", "aihwkit", "functional"]
 )
 def test_example_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

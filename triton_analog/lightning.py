@@ -16,6 +16,7 @@ import triton_analog.aihwkit_bridge as aihwkit_bridge
 import triton_analog.calibrate as calibrate
 import triton_analog.config as config
 import triton_analog.convert as convert
+import triton_analog.inference  # noqa: F401 - its package gets a module
 import triton_analog.nn as nn
 import triton_analog.optim as optim
 from triton_analog.aihwkit_bridge.export_config import base_aihwkit_rpu_config
@@ -54,7 +55,6 @@ MODULES: dict[str, dict[str, Any]] = {
         "AihwkitException": Exception, "ArgumentError": TypeError, "ConfigError": config.ConfigError,
         "ModuleError": TypeError, "TorchTileConfigError": config.ConfigError,
     },
-    "inference": _CALIBRATION,
     "inference.calibration": _CALIBRATION,
     "inference.calibration.calibration": _CALIBRATION,
     "nn.conversion": _CONVERSION

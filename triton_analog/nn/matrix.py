@@ -22,6 +22,7 @@ from triton_analog.config import (
 )
 from triton_analog.functional import modified_weight
 from triton_analog.nn.one_forward import OneForward
+from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -68,7 +69,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked", "_told"),
-            *("_of_modes", "_numbers_of", "was_called"),
+            *("_of_modes", "_numbers_of", "was_called", "programmed"),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
@@ -85,6 +86,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     rpu_config: TorchInferenceRPUConfig
     tile_shape: tuple[int, ...]
     groups: int = 1
+    programmed: ProgrammedTile | None = None
+    """What the devices of a simulated chip hold in place of the weight."""
     weight_index: int | None = None
     """Which of the weights that are stacked in one parameter is this layer's; None: it has a parameter of its own."""
     CHANNEL_DIM: ClassVar[int] = 0
@@ -299,6 +302,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         numbers, matrix, bias = self._numbers(), self.matrix, self.bias
         input_range: Tensor | None = self.input_range
         seed = weight_seed = tile = wmax = None
+        if self.programmed is not None:
+            tile, wmax = self.programmed.as_(input_dtype(x), self.training)
+            return linear(x, matrix, bias, input_range, None, seed, weight_seed, tile, wmax, numbers)
         starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(numbers)
         if starts_up or noise_lasts:
             # The call would refuse it only after the layer has changed.

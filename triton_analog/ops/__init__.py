@@ -16,6 +16,7 @@ from triton_analog.ops.matmul_backward import matmul_backward
 from triton_analog.ops.matmul_dgrad import matmul_dgrad
 from triton_analog.ops.matmul_wgrad import matmul_wgrad
 from triton_analog.ops.noise import noise
+from triton_analog.ops.program import program
 from triton_analog.ops.std import moments, std
 from triton_analog.ops.weight import weight, weight_grad
 
@@ -37,6 +38,7 @@ __all__ = [
     "matmul_wgrad",
     "moments",
     "noise",
+    "program",
     "std",
     "weight",
     "weight_grad",

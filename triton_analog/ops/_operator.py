@@ -36,6 +36,7 @@ _TYPES = {
     "bool": "bool",
     "str": "str",
     "Sequence[int]": "SymInt[]",
+    "Sequence[float]": "float[]",
     "Sequence[int] | None": "SymInt[]?",
     "torch.dtype": "ScalarType",
     "torch.dtype | None": "ScalarType?",

@@ -6,6 +6,7 @@ A new variant is one more pair of a label and a call of the launcher in :func:`v
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from triton_analog.ops.matmul import launch_matmul
 from triton_analog.ops.matmul_dgrad import launch_matmul_dgrad
 from triton_analog.ops.matmul_wgrad import launch_matmul_wgrad
 from triton_analog.ops.noise import launch_noise
+from triton_analog.ops.program import launch_program
 from triton_analog.ops.std import launch_moments, launch_std
 from triton_analog.ops.weight import launch_weight, launch_weight_grad
 from triton_analog.reference.adc import mask_shape
@@ -50,6 +52,27 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
         for batch in clip_batches([weight], [2.5], [channel_dim]):
             assert batch.table is not None
             launch_clip(weight, channel_dim, batch.table)
+
+    def program(cell: str, log2_time: float, read: float, shift: float, spread: float, lowest: float) -> Tensor:
+        return launch_program(
+            w,
+            wmax,
+            seed,
+            numbers(1024, 4),
+            cell,
+            (1.0,),
+            0.0,
+            25.0,
+            log2_time,
+            read,
+            shift,
+            spread,
+            lowest,
+            inf,
+            -inf,
+            inf,
+            1,
+        )
 
     x, y, w, bias = meta(M, K), meta(M, N), meta(N, K), meta(N)
     static, dynamic, wmax = numbers(S), numbers(S, M), numbers(S, N)
@@ -125,6 +148,11 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
             ("plain", lambda: launch_matmul_wgrad(y, x, None, S, None, -1.0, dtype)),
         ],
         "noise": [("plain", lambda: launch_noise(seed, M, N, stream=2, plane=0))],
+        "program": [
+            ("pair", lambda: program("pair", 12.0, 5.0, 0.0, 0.0, 0.0)),
+            ("single", lambda: program("single", 0.0, 5.0, -0.5, 0.5, 9.0)),
+            ("signed", lambda: program("signed", 0.0, 0.0, 0.0, 0.0, -inf)),
+        ],
         "std": [
             ("plain", lambda: launch_std(x, S)),
             ("moments", lambda: launch_moments(x, S, meta(S, dtype=torch.bool))),

@@ -1,0 +1,224 @@
+"""A model on a simulated chip: its weights are what devices hold after programming, and after a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+import triton_analog.ops as ops
+from triton_analog.functional import modified_weight
+from triton_analog.inference.compensation import COMPENSATIONS, Compensation, readout, scale_slices
+from triton_analog.inference.noise_models import NoiseModel
+from triton_analog.nn.base import named_analog_layers
+from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.programmed import ProgrammedTile
+from triton_analog.nn.weight_noise import TILE_SETTINGS
+
+
+def program(
+    model: nn.Module,
+    noise_model: NoiseModel,
+    seed: int = 0,
+    *,
+    compensation: Compensation = "global",
+    per_channel: bool = True,
+) -> Chip:
+    """Program the analog layers of ``model`` into a chip, and give the model that computes on it.
+
+    ``model`` is left as it is. The chip has its own buffers and tiles and is in evaluation mode; parameters are those of
+    ``model`` itself, not copies, and must not change while the chip is in use. Digital layers stay what they are, and layers
+    that share a weight share its tile. The same seed is the same chip, on every backend.
+
+    Args:
+        model: Converted, calibrated or trained here.
+        noise_model: Of its devices.
+        seed: Of the chip, any int.
+        compensation: Of the drift: ``"global"`` scales what a tile gives by one number, ``"per_column"`` by one for each of its
+            outputs, both digitally and behind the ADC; ``"none"`` leaves it.
+        per_channel: Whether the largest weight of each output of a tile takes a device's largest conductance, as AIHWKIT's
+            channel-wise mapping does, or only the largest weight of the whole tile.
+
+    Raises:
+        TypeError: an argument is something else.
+        ValueError: ``model`` has no analog layers, is a chip already, or holds weights that a process has a part of only.
+    """
+    check_programmable(model, noise_model, seed, compensation)
+    return Chip(model, noise_model, seed, compensation, per_channel)
+
+
+def check_programmable(model: nn.Module, noise_model: NoiseModel, seed: int, compensation: str) -> None:
+    """:func:`program` will take its arguments.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
+    if not isinstance(noise_model, NoiseModel):
+        raise TypeError(
+            f"noise_model: got {noise_model!r}; an object is needed, such as triton_analog.inference.PCMLikeNoiseModel()"
+        )
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: got {seed!r}; an int is needed")
+    if compensation not in COMPENSATIONS:
+        raise ValueError(f"compensation: got {compensation!r}; allowed are {', '.join(map(repr, COMPENSATIONS))}")
+    layers = dict(_layers(model))
+    if not layers:
+        raise ValueError(
+            f"model: this {type(model).__name__} has no analog layers; convert it first, model = convert_to_analog(model, config)"
+        )
+    for name, layer in layers.items():
+        if layer.programmed is not None:
+            raise ValueError("model: it is on a chip already; program the model that the chip was made of")
+        if hasattr(layer.weight, "to_local"):
+            raise ValueError(
+                f"model: the weight of {name!r} is sharded ({type(layer.weight).__name__}); gather the model first, for example "
+                "from a full state dict, and program that"
+            )
+
+
+class Chip(nn.Module):
+    """What :func:`program` gives. It is called as its model is, and has the model's attributes and methods too."""
+
+    model: nn.Module
+    """The model on the chip. Tools that ask for its class take this."""
+    noise_model: NoiseModel
+    seed: int
+    time: float | None
+    """Seconds since the end of programming; None until :meth:`drift_to`, when nothing has been read yet."""
+
+    def __init__(
+        self, model: nn.Module, noise_model: NoiseModel, seed: int, compensation: Compensation, per_channel: bool
+    ) -> None:
+        super().__init__()
+        self.noise_model, self.seed, self.time = noise_model, seed, None
+        self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+        self.training = False
+        self._cells: list[_Cells] = []
+        known: dict[Any, _Cells] = {}
+        for name, layer in _layers(self.model):
+            source = layer.weight_source
+            shared = id(layer) if source is None else (id(source), layer.weight_index)
+            key = shared, str(layer.rpu_config.to_dict())
+            if key not in known:
+                known[key] = _Cells(name, layer, seed, compensation, per_channel)
+                self._cells.append(known[key])
+            layer.programmed = known[key].tile
+        self._set(None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives on the chip."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet
+                raise
+            return getattr(self.model, name)
+
+    def train(self, mode: bool = True) -> Self:
+        """A chip only evaluates.
+
+        Raises:
+            ValueError: ``mode`` is True.
+        """
+        if mode:
+            raise ValueError(
+                "mode: a chip is for evaluation; train the model that it was made of, and program that anew"
+            )
+        return super().train(False)
+
+    @torch.no_grad()
+    def drift_to(self, time: float) -> Self:
+        """Let ``time`` seconds pass since the end of programming, and read. Times may come in any order, and one that
+        was there before gives the same numbers again. Returns the chip.
+
+        Raises:
+            ValueError: ``time`` is before the end of programming, or not one that the noise model knows; or the weights were
+                changed since they were programmed.
+        """
+        self.noise_model.check_time(time)
+        self._set(float(time))
+        return self
+
+    @torch.no_grad()
+    def _set(self, time: float | None) -> None:
+        arguments = self.noise_model.at(time)
+        curves: dict[torch.device, Tensor] = {}
+        host = arguments.pop("curves")
+        for cells in self._cells:
+            device = cells.wmax.device
+            if device not in curves:
+                curves[device] = host.to(device)
+            cells.set(curves[device], arguments, first=time is None)
+        self.time = time
+
+
+class _Cells:
+    """The cells of one weight: what they should hold, and the tile that shows what they do."""
+
+    def __init__(
+        self, name: str, layer: AnalogMatrixLayer, seed: int, compensation: Compensation, per_channel: bool
+    ) -> None:
+        self.name, self.compensation = name, compensation
+        self._source = layer.weight_source
+        self._version = 0 if self._source is None else self._source._version
+        settings = {key: value for key, value in layer._numbers()._asdict().items() if key in TILE_SETTINGS}
+        as_stored = settings["weight_quantization"] == "none" and layer.learnable_weight_clip is None
+        wanted, self.wmax = modified_weight(
+            layer.matrix.detach(),
+            weight_clip=None if layer.learnable_weight_clip is None else layer.learnable_weight_clip.detach(),
+            **(settings | {"weight_noise": "none"}),
+        )
+        # The parameter itself where that will do: no copy of it, as long as nothing changes it.
+        self.wanted = layer.matrix.detach() if as_stored and self._source is not None else wanted
+        self.scale = self.wmax
+        if not per_channel:
+            groups = self.wmax.unflatten(1, (layer.groups, -1))
+            self.scale = groups.amax(2, keepdim=True).expand_as(groups).flatten(1)
+        words = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+        self.seed = torch.tensor([int.from_bytes(words, "little") >> 1], dtype=torch.int64, device=self.wmax.device)
+        self.tile = ProgrammedTile()
+        self.baseline: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have another parameter, which counts its changes anew."""
+        return vars(self) | {"_version": self._version - (0 if self._source is None else self._source._version)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._source is not None:
+            self._version += self._source._version
+
+    def set(self, curves: Tensor, arguments: dict[str, Any], first: bool) -> None:
+        """Make the tile anew; ``first`` right after programming."""
+        if self._source is not None and self._source._version != self._version:
+            raise ValueError(
+                f"time: the weight of {self.name!r} was changed since it was programmed; program the model again"
+            )
+        self.tile.drop()  # before the next one is made: only one at a time
+        tile, wmax = ops.program(self.wanted, self.scale, self.seed, curves, **arguments), self.wmax
+        if self.compensation != "none":
+            now = readout(tile, wmax, self.compensation)
+            if first:
+                self.baseline = now
+            else:
+                assert self.baseline is not None
+                factors = self.baseline / now
+                scale_slices(tile, factors)
+                wmax = wmax * factors  # the bound of the ADC, so that its integers stay what they are
+        self.tile.fill(tile, wmax)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, AnalogMatrixLayer]]:
+    for name, layer in named_analog_layers(model):
+        if isinstance(layer, AnalogMatrixLayer):
+            yield name, layer

@@ -1,0 +1,177 @@
+"""A metric of a model on many chips and after many times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_analog.inference.chip import Chip, check_programmable, program
+from triton_analog.inference.compensation import Compensation
+from triton_analog.inference.noise_models import DAY, NoiseModel
+
+HOUR, YEAR = 3600.0, 365 * DAY
+Metric = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found."""
+
+    metric: str
+    """Name of the metric."""
+    noise_model: str
+    """The noise model, with its fields."""
+    ideal: float
+    """The metric of the model itself, without a chip."""
+    times: tuple[float, ...]
+    """Seconds since the end of programming."""
+    seeds: tuple[int, ...]
+    """Of the chips."""
+    values: tuple[tuple[float, ...], ...]
+    """The metric of each chip (first index) after each time."""
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        """Over the chips, after each time."""
+        return tuple(fmean(values) for values in zip(*self.values, strict=True))
+
+    @property
+    def deviations(self) -> tuple[float, ...]:
+        """From chip to chip, after each time (unbiased; 0 for one chip)."""
+        return tuple(stdev(values) if len(values) > 1 else 0.0 for values in zip(*self.values, strict=True))
+
+    def to_json(self) -> str:
+        """Everything, with means and deviations, as JSON."""
+        return json.dumps(asdict(self) | {"means": self.means, "deviations": self.deviations}, indent=1)
+
+    def __str__(self) -> str:
+        """A table: mean and deviation over the chips after each time."""
+        head = f"{self.metric} on {len(self.seeds)} chip{'s' * (len(self.seeds) != 1)}"
+        rows = [("without a chip", f"{self.ideal:.4g}", "")]
+        found = zip(self.times, self.means, self.deviations, strict=True)
+        rows += [(f"after {duration(time)}", f"{mean:.4g}", f"+- {deviation:.2g}") for time, mean, deviation in found]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}} {c:<{widths[2]}}".rstrip() for a, b, c in rows]
+        return "\n".join([head, *lines])
+
+    def plot(self, path: Any) -> None:
+        """Save a picture: mean, deviation and every chip over time, beside the model without a chip.
+
+        Needs matplotlib, ``pip install 'triton-analog[bench]'``.
+        """
+        from matplotlib.figure import Figure
+
+        axes = (figure := Figure(figsize=(5, 3.5), layout="constrained")).subplots()
+        at = [max(time, 1.0) for time in self.times]
+        axes.axhline(self.ideal, color="gray", linestyle="--", label="without a chip")
+        for values in self.values:
+            axes.plot(at, values, color="C0", alpha=0.2, linewidth=0.8)
+        axes.errorbar(at, self.means, self.deviations, color="C0", marker="o", capsize=3, label="mean of the chips")
+        axes.set_xscale("log")
+        axes.set_xticks(at, [duration(time) for time in self.times])
+        axes.set_xlabel("time since programming")
+        axes.set_ylabel(self.metric)
+        axes.legend()
+        figure.savefig(path, dpi=150)
+
+
+def evaluate(
+    model: nn.Module,
+    metric: Metric,
+    *,
+    noise_model: NoiseModel,
+    times: Sequence[float] = (1.0, HOUR, DAY, YEAR),
+    seeds: int | Sequence[int] = 10,
+    compensation: Compensation = "global",
+    per_channel: bool = True,
+    verbose: bool = True,
+) -> Evaluation:
+    """Program chip after chip with ``model``, let time pass, and take ``metric`` of each.
+
+    Args:
+        model: With analog layers; it is left as it is. It is in evaluation mode while its own metric is taken.
+        metric: A function of a model that gives one number, also as a tensor: accuracy, loss, perplexity.
+        noise_model: Of the devices.
+        times: Seconds since the end of programming.
+        seeds: Of the chips, or their number.
+        compensation, per_channel: As :func:`program` takes them.
+        verbose: Show a progress bar, if tqdm is installed (``pip install 'triton-analog[calibration]'``).
+
+    Raises:
+        TypeError: ``metric`` gives no number, or an argument is something else.
+        ValueError: ``model`` has no analog layers, or a time is not one that ``noise_model`` knows. Both before anything runs.
+    """
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else tuple(seeds)  # type: ignore[arg-type]
+    if not chosen or not all(isinstance(seed, int) for seed in chosen):
+        raise ValueError(f"seeds: got {seeds!r}; a number of chips >= 1, or their seeds, are needed")
+    times = tuple(times)
+    if not times:
+        raise ValueError("times: none given; seconds since the end of programming are needed")
+    if not callable(metric):
+        raise TypeError(f"metric: got {type(metric).__name__}; a function of a model that gives a number is needed")
+    check_programmable(model, noise_model, chosen[0], compensation)
+    for time in times:
+        noise_model.check_time(time)
+    ideal = _ideal(model, metric)
+    values: list[tuple[float, ...]] = []
+    with _progress(len(chosen) * len(times), verbose) as bar:
+        for seed in chosen:
+            chip = None  # before the next one is made: only one at a time
+            chip = program(model, noise_model, seed, compensation=compensation, per_channel=per_channel)
+            found = []
+            for time in times:
+                found.append(_number(metric, chip.drift_to(time)))
+                bar.update()
+            values.append(tuple(found))
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return Evaluation(name, repr(noise_model), ideal, tuple(map(float, times)), chosen, tuple(values))
+
+
+def _progress(steps: int, shown: bool) -> Any:
+    """A progress bar, or where there is none to show what takes its calls."""
+    if shown:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+        else:
+            return tqdm(total=steps, desc="evaluating chips", unit="reading")
+    return nullcontext(SimpleNamespace(update=lambda: None))
+
+
+def duration(seconds: float) -> str:
+    """A time as one would say it: ``1 s``, ``2 days``."""
+    for unit, name in ((YEAR, "year"), (DAY, "day"), (HOUR, "hour")):
+        if seconds >= unit:
+            count = f"{seconds / unit:.3g}"
+            return f"{count} {name}{'s' * (count != '1')}"
+    return f"{seconds:.3g} s"
+
+
+def _ideal(model: nn.Module, metric: Metric) -> float:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return _number(metric, model)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _number(metric: Metric, model: Chip | nn.Module) -> float:
+    with torch.no_grad():
+        found = metric(model)
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = found.item()
+    is_number = isinstance(found, int | float) or (hasattr(found, "__float__") and not isinstance(found, Tensor))
+    if isinstance(found, bool) or not is_number:
+        raise TypeError(f"metric: it gave {found!r}; one number is needed, such as an accuracy")
+    return float(found)

@@ -23,9 +23,9 @@ test: .venv/ready  ## ruff, mypy and the tests (PYTEST_ARGS)
 test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions (PYTEST_ARGS)
 	.venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
-test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer
+test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer and adapters
 	.venv/bin/python -m pytest tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
-		tests/test_transformers.py tests/test_nn_hf_conv1d.py
+		tests/test_transformers.py tests/test_nn_hf_conv1d.py tests/test_peft.py
 
 test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs a C++ compiler)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/test_deepspeed.py
@@ -53,7 +53,7 @@ clean:  ## remove the environments and everything generated
 # Without their dependencies: AIHWKIT's would replace torch. What their torch tiles really import is named instead.
 .venv/peers: .venv/ready
 	.venv/bin/pip install -q --no-deps --only-binary :all: aihwkit==1.1.0 aihwkit-lightning==2.1.0
-	.venv/bin/pip install -q -c .venv/constraints.txt protobuf 'requests<3' scipy transformers accelerate
+	.venv/bin/pip install -q -c .venv/constraints.txt protobuf 'requests<3' scipy transformers accelerate peft
 	touch $@
 
 # It is built here, against the torch that is there.

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    "reference", "launch", "lang", "ops", "calls", "functional", "config", "nn", "range_statistics", "calibrate", "convert",
-    "restore", "optim", "aihwkit_bridge", "integrations", "tuning", "",
+    "reference", "launch", "lang", "ops", "calls", "functional", "config", "nn", "range_statistics", "calibrate", "adapters",
+    "convert", "restore", "optim", "aihwkit_bridge", "integrations", "tuning", "",
 )  # fmt: skip
 """From the ground up; each imports only what stands before it. The last one is the package's own face."""
 

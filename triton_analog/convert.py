@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from triton_analog.adapters import adapter_modules
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
@@ -83,6 +84,7 @@ def convert_to_analog(
     exclude_modules: list[str] | None = None,
     inplace: bool = False,
     verbose: bool = False,
+    convert_adapters: bool = False,
 ) -> Any:
     """``module`` with its torch layers replaced by analog ones.
 
@@ -94,6 +96,9 @@ def convert_to_analog(
     replaced on the instance, nor weights that are empty or computed by a hook or parametrization, nor
     ``nn.MultiheadAttention``, which calls its projections as functions. One warning names them all, and the convolutions
     and recurrent layers without an analog class. Everything is checked before anything is changed.
+
+    Adapters of Hugging Face's PEFT stay digital beside the analog layers, which another warning says. Where such a model has a
+    layer frozen, its input ranges and learned clip are frozen too.
 
     Args:
         module: The model, or a single layer.
@@ -107,6 +112,7 @@ def convert_to_analog(
             left digital under all its names.
         inplace: Change ``module`` itself instead of a deep copy; layers that were replaced lose their tensors.
         verbose: Print every replacement.
+        convert_adapters: Convert the layers of PEFT's adapters (``lora_A``, ``lora_B``, ...) too.
 
     Returns:
         The converted model. It is the object ``module`` if ``inplace`` and ``module`` itself was not replaced.
@@ -124,7 +130,11 @@ def convert_to_analog(
     classes = default_conversion_map() if conversion_map is None else conversion_map
     _check_map(classes)
     excluded = _find_excluded(module, module_name, exclude_modules)
+    adapters = adapter_modules(module)
     layers, left = _select(module, module_name, classes, excluded)
+    of_adapters = [] if convert_adapters else [name for name, layer in layers if id(layer) in adapters]
+    if not convert_adapters:
+        layers, left = _select(module, module_name, classes, excluded | adapters)
     configs = {
         id(layer): _choose_config(name, layer, rpu_config, specific_rpu_config_fun)
         for name, layer in layers
@@ -140,6 +150,8 @@ def convert_to_analog(
         analog_class = classes[type(old)]
         new = analog_class.from_digital(old, configs.get(id(old)))
         carry_over(old, new)
+        if adapters and not any(parameter.requires_grad for parameter in old.parameters(recurse=False)):
+            new.requires_grad_(False)
         if inplace:
             getattr(analog_class, "move_to_meta", AnalogLayerBase.move_to_meta)(old)
         if verbose:
@@ -148,6 +160,12 @@ def convert_to_analog(
 
     if left:
         warnings.warn(_describe(left), stacklevel=2)
+    if of_adapters:
+        warnings.warn(
+            f"convert_to_analog left {len(of_adapters)} layer(s) of PEFT's adapters digital, such as {of_adapters[0]}; pass "
+            "convert_adapters=True to convert them too",
+            stacklevel=2,
+        )
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
     return AnalogWrapper(root) if ensure_analog_root else root

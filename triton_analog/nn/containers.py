@@ -104,7 +104,10 @@ def check_names(model: nn.Module) -> None:
         TypeError: it has something of its own under a name that a wrapper adds.
     """
     added = {name for name in dir(AnalogWrapper) if not name.startswith("_")}.difference(dir(nn.Module))
-    hidden = sorted(name for name in added if hasattr(model, name))
+    held = vars(model)  # of a copy in the making it is empty
+    registries = (held.get(registry, {}) for registry in ("_parameters", "_buffers", "_modules"))
+    # What a model passes on to another one, as PEFT's do, is not its own.
+    hidden = sorted(added.intersection({*dir(type(model)), *held}.union(*registries)))
     if hidden:
         raise TypeError(
             f"model: {type(model).__name__} has {', '.join(hidden)} of its own, which AnalogWrapper would hide; rename that, "

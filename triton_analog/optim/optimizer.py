@@ -17,9 +17,10 @@ class AnalogOptimizer(Optimizer):
     """``AnalogOptimizer(SGD, model.analog_layers, model.parameters(), lr=0.1)``: an ``SGD`` that clips analog weights.
 
     The result is an instance of the given optimizer class. After each of its steps, the weight of every analog layer is
-    clipped as ``clip_weights()`` does it, unless it is frozen; a weight that layers share is clipped once for equal clips. Then the noise of the
-    next step is drawn, as ``redraw_weight_noise()`` does it, where ``modifier.refresh`` makes it last. Closures, schedulers,
-    gradient scalers and state dicts work as with the given class; a copy or pickle takes the model along.
+    clipped as ``clip_weights()`` does it, unless it is frozen; a weight that layers share is clipped once for equal clips.
+    Then the noise of the next step is drawn, as ``redraw_weight_noise()`` does it, where ``modifier.refresh`` makes it last.
+    Closures, schedulers, gradient scalers and state dicts work as with the given class; a copy or pickle takes the model
+    along.
 
     This takes a few launches for all layers together and never waits for the device, so that a CUDA graph may capture whole
     steps (``capturable=True`` of the given class). Take a step or more before the capture, as torch asks for anyway: a step

@@ -25,6 +25,7 @@ from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
     QUANTIZATION,
+    UNDECAYED,
     check_config,
     constant,
     decode,
@@ -162,7 +163,20 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             self.learnable_weight_clip = nn.Parameter(torch.empty(self.slices, self.tile_shape[0], **like))
             self.reset_weight_clip()
         self._fit_weight_noise(self.weight.device)
+        self._mark_undecayed()
         self._checked = self._numbers_of = None
+
+    def _mark_undecayed(self) -> None:
+        """Many trainers look for this attribute of a parameter before they let it decay."""
+        for name in UNDECAYED:
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles come here; a copy of a parameter has none of its attributes."""
+        super().__setstate__(state)
+        self._mark_undecayed()
 
     # ---- Configuration ------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ _NOISE = {
     WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL: "per_channel",
 }
 _SAVED_INPUT = {SavedInput.FULL: "full", SavedInput.INT8: "int8"}
+UNDECAYED = ("input_range", "learnable_weight_clip")
+"""Parameters of a layer that weight decay must leave alone."""
 GAUSSIAN_CLIP = (WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL)
 _PER_CHANNEL_CLIP = (WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, WeightClipType.LEARNABLE_PER_CHANNEL)
 

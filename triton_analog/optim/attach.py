@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.optim.after_step import AfterStep, clipped_with, stepped_by
+from triton_analog.optim.decay import WithoutDecay
 from triton_analog.optim.layers import KnownLayers, layers_of
 from triton_analog.optim.masters import Masters, found_masters, given_masters, is_partitioned, may_step
 from triton_analog.optim.optimizer import AnalogOptimizer
@@ -20,7 +21,8 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
     """Do the work of :class:`AnalogOptimizer` after each step of an optimizer that exists already.
 
     For trainers that build their own. After each step those weights of ``model`` that the optimizer steps are clipped, and
-    the weight noise of all its layers is drawn anew where ``modifier.refresh`` makes it last. Steps that a gradient scaler
+    the weight noise of all its layers is drawn anew where ``modifier.refresh`` makes it last. In its steps the optimizer's weight
+    decay leaves input ranges and learned clips alone, as it does not know what they are. Steps that a gradient scaler
     or the accumulation of gradients leaves out count for nothing. A CUDA graph may capture the work together with the step.
 
     Where the optimizer steps copies of the weights in higher precision (master weights), those are clipped and the weights
@@ -91,6 +93,7 @@ class Attachment:
         """Watch the optimizer's steps."""
         if isinstance(self._optimizer, AnalogOptimizer):
             self._optimizer._own_hook.remove()  # until remove(), one clip is enough
+        self._decay = WithoutDecay(KnownLayers(self.model), self._optimizer)
         self._hook = self._optimizer.register_step_post_hook(self)
         if self._around is not None:
             self._around_step = self._around.step
@@ -101,6 +104,7 @@ class Attachment:
         if self not in _hooks(self._optimizer):
             return
         self._hook.remove()
+        self._decay.remove()
         if isinstance(self._optimizer, AnalogOptimizer):
             self._optimizer._watch_steps()
         if self._around is not None and vars(self._around).get("step") == self._counted_step:

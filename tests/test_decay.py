@@ -200,7 +200,9 @@ def test_a_step_that_fails_leaves_the_groups_usable() -> None:
 def test_an_analog_optimizer_warns_once_of_ranges_that_decay() -> None:
     net = model()
     first, *others = net.parameters()
-    with pytest.warns(UserWarning, match=r"weight_decay: 0.01 of this AdamW pulls \d+ input range.*parameter_groups") as said:
+    with pytest.warns(
+        UserWarning, match=r"weight_decay: 0.01 of this AdamW pulls \d+ input range.*parameter_groups"
+    ) as said:
         AnalogOptimizer(AdamW, net.analog_layers, [{"params": [first]}, {"params": others}])
     assert len(said) == 1
 

@@ -95,6 +95,51 @@ def test_shards_and_auto_classes(tmp_path: Path) -> None:
     assert len(list(again.analog_layers())) == len(list(source.analog_layers()))
 
 
+# ---- Other vocabularies ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["learned clip", "no clip"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tokens", [43, 37])
+def test_the_output_layer_stays_analog_for_another_vocabulary(
+    tokens: int, tied: bool, clip: bool, tmp_path: Path
+) -> None:
+    config = recipe()
+    if clip:
+        config.clip.type = WeightClipType.LEARNABLE_PER_CHANNEL
+    model = convert_to_analog(llama(tied), config)
+    head = model.lm_head
+    ranges, kept = head.input_range.detach().clone(), min(tokens, 40)
+    before = head.weight[:kept].detach().clone()
+    embeddings = hugging_face.resize_token_embeddings(model, tokens)
+    assert embeddings is model.get_input_embeddings()
+    assert model.lm_head is head
+    assert (head.tile_shape, head.out_features) == ((tokens, 24), tokens)
+    assert (head.weight is embeddings.weight) == tied
+    assert torch.equal(head.weight[:kept], before)
+    assert torch.equal(head.input_range, ranges)
+    assert model.eval()(TOKENS).logits.shape == (2, 6, tokens)
+    model.save_pretrained(tmp_path)
+    again = hugging_face.from_pretrained(transformers.LlamaForCausalLM, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_the_models_own_method_does_not_go_unnoticed(tmp_path: Path) -> None:
+    model = convert_to_analog(llama(tied=False), recipe())
+    model.resize_token_embeddings(43)
+    with pytest.warns(UserWarning, match=r"digital now: lm_head \(Linear\)\. .*resize_token_embeddings"):
+        trainer(model, tmp_path, steps=1, callbacks=[hugging_face.AnalogCallback()]).train()
+    config = recipe()
+    config.clip.type = WeightClipType.LEARNABLE_PER_CHANNEL
+    model = convert_to_analog(llama(), config)
+    model.resize_token_embeddings(43)
+    with pytest.raises(ValueError, match=r"lm_head: .* \(43, 24\), but its tiles .* \(40, 24\); call its resized"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(43, 24\), but its tiles .* \(40, 24\); call its resized"):
+        model(TOKENS)
+
+
 # ---- The Trainer ------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_n
 from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
 from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
+from triton_analog.nn.outside import note_layers
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.settings import check_config
 
@@ -168,6 +169,7 @@ def convert_to_analog(
         )
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
+    note_layers(root)
     return AnalogWrapper(root) if ensure_analog_root else root
 
 
@@ -318,6 +320,7 @@ def convert_to_digital(
 
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
+    note_layers(root)
     return root
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.outside import complaint_of_shape
 from triton_analog.optim import Attachment, attach
 from triton_analog.restore import restore_analog
 
@@ -73,6 +75,32 @@ def from_pretrained(model_class: Any, directory: str | Path, *, dtype: torch.dty
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
+
+
+def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    """``model.resize_token_embeddings``, which also keeps an analog output layer analog, with its ranges, clip and config.
+
+    The method alone would put a digital layer in its place or, where the two are tied, leave it with tiles of the old shape.
+    Call it before an optimizer is made: parameters are replaced.
+
+    Args:
+        model: A converted model of transformers.
+        new_num_tokens, args, kwargs: As for the method.
+
+    Returns:
+        The input embeddings.
+    """
+    head = model.get_output_embeddings()
+    analog = isinstance(head, AnalogMatrixLayer)
+    embeddings = model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+    new = model.get_output_embeddings()
+    if analog and new is not head:
+        head.weight, head.bias = new.weight, new.bias
+        model.set_output_embeddings(head)
+    for layer in model.modules():
+        if isinstance(layer, AnalogMatrixLayer) and complaint_of_shape(layer) is not None:
+            layer.resized()
+    return embeddings
 
 
 def _read(directory: str | Path) -> dict[str, Tensor]:

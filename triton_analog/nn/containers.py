@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import Self
 
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.outside import warn_of_lost_layers
 from triton_analog.nn.tied import clip_each_weight, quantize_each_weight
 
 
@@ -34,6 +35,10 @@ class AnalogContainerBase(AnalogLayerBase):
         different ways each quantize it, one after the other.
         """
         quantize_each_weight(self.analog_layers())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        warn_of_lost_layers(self, prefix.rstrip("."))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class AnalogSequential(AnalogContainerBase, nn.Sequential):

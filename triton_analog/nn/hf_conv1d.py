@@ -73,6 +73,9 @@ class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
         """``nf``"""
         return self.nf
 
+    def take_shape(self) -> None:
+        self.nx, self.nf = self.weight.shape
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., nx]`` to ``[..., nf]``."""
         return self.analog_matmul(x)

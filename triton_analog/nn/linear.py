@@ -48,6 +48,9 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
         """``input [..., K]`` to ``[..., N]``; calls with the same ``one_forward`` are one forward with one weight."""
         return self.analog_matmul(input, one_forward)
 
+    def take_shape(self) -> None:
+        self.out_features, self.in_features = self.weight.shape
+
     @classmethod
     def from_digital(cls, module: nn.Linear, rpu_config: TorchInferenceRPUConfig) -> Self:
         """An analog layer with the very parameters of ``module``, in its mode and on its device.

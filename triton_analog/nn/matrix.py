@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 import triton_analog.ops as ops
 import triton_analog.reference as reference
@@ -21,6 +22,7 @@ from triton_analog.config import (
 )
 from triton_analog.functional import modified_weight
 from triton_analog.nn.one_forward import OneForward
+from triton_analog.nn.outside import complaint_of_shape, follow_or_refuse, follow_shape
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -276,7 +278,19 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         In training, a stored input range first learns from ``x`` while its start-up lasts (see :class:`RangeStartup`), and
         weight noise may be that of other forwards (:class:`WeightNoise`). Calls with the same ``one_forward`` share their
         weight (:class:`OneForward`). A refused call changes nothing.
+
+        Raises:
+            TypeError, ValueError: the input does not fit, or the weight was replaced by one of another shape.
         """
+        try:
+            return self._matmul(x, one_forward)
+        except (TypeError, ValueError) as error:
+            complaint = complaint_of_shape(self)  # which explains it better
+            if complaint is None:
+                raise
+            raise ValueError(complaint) from error
+
+    def _matmul(self, x: Tensor, one_forward: OneForward | None) -> Tensor:
         numbers, matrix, bias = self._numbers(), self.matrix, self.bias
         input_range: Tensor | None = self.input_range
         seed = weight_seed = tile = wmax = None
@@ -352,6 +366,28 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         vars(self)["_changes_without_clip"] = 0
 
     # ---- Weights ------------------------------------------------------------------------------------------------------
+
+    def resized(self) -> Self:
+        """Make the tiles follow ``weight``, which was replaced by one of another shape; returns this layer.
+
+        A learned clip keeps its values for outputs that were there, and starts from the weight for others. Input ranges stay,
+        unless there are other inputs: then they start anew. Both are new parameters where they change their shape, which an
+        optimizer that exists does not know. Nothing happens to a layer whose weight has the shape of its tiles.
+
+        Raises:
+            ValueError: the bias, the groups or the kernel do not fit the weight. The layer is then unchanged.
+        """
+        _stored_weight(self)
+        follow_shape(self)
+        return self
+
+    def take_shape(self) -> None:
+        """Set the sizes that the torch layer knows to those of ``weight``.
+
+        Raises:
+            ValueError: it cannot have such a weight.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define take_shape")
 
     @torch.no_grad()
     def set_weights(self, weight: Tensor) -> None:
@@ -449,6 +485,10 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         self._fit_state()
 
     # ---- State --------------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        follow_or_refuse(self, prefix.rstrip("."))  # a file with tiles of another shape than the weight would not load
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def get_extra_state(self) -> Tensor:
         """The config as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.outside import check_layers
 from triton_analog.optim.after_step import AfterStep, clipped_with, stepped_by
 from triton_analog.optim.decay import WithoutDecay
 from triton_analog.optim.layers import KnownLayers, layers_of
@@ -42,7 +43,7 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
         TypeError: an argument is something else.
         ValueError: ``model`` has no analog layer; the optimizer steps none of the weights that are to be clipped (or, where
             there is none, as for a frozen analog base with digital adapters, no parameter of the model), nor masters of them;
-            it is attached to some of the layers only, or with another ``master``; a ``master`` does not fit; or masters are
+            a layer's weight was replaced by one of another shape; it is attached to some of the layers only, or with another ``master``; a ``master`` does not fit; or masters are
             partitioned (ZeRO stage 3) or cannot be told apart.
     """
     if not isinstance(model, nn.Module):
@@ -52,6 +53,7 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
         raise ValueError(
             f"model: this {type(model).__name__} has no analog layers; convert it first, model = convert_to_analog(model, config)"
         )
+    check_layers(model)
     *around, inner = _unwrap(optimizer)
     before = _attached_before(inner, layers, master)
     if before is not None:

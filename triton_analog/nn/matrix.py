@@ -68,7 +68,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         {
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
-            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked"),
+            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked"),
             *("_of_modes", "_numbers_of"),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
@@ -488,6 +488,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         follow_or_refuse(self, prefix.rstrip("."))  # a file with tiles of another shape than the weight would not load
+        self._mend_counter()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def get_extra_state(self) -> Tensor:

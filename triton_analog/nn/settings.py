@@ -108,7 +108,9 @@ def encode(config: TorchInferenceRPUConfig) -> Tensor:
 def decode(state: Any, kind: type[TorchInferenceRPUConfig]) -> TorchInferenceRPUConfig:
     """The config in a ``uint8`` tensor of JSON, also after a cast of the whole state dict to another dtype."""
     try:
-        values = json.loads(bytes(state.detach().to("cpu", torch.uint8).tolist()))
+        state = state.detach().cpu()
+        whole = state.round() if state.is_floating_point() else state  # an average of equals may be a little off
+        values = json.loads(bytes(whole.to(torch.uint8).tolist()))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"extra state: got {type(state).__name__}, which is not a uint8 tensor with the JSON of a config ({error}); "

@@ -43,8 +43,8 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
         TypeError: an argument is something else.
         ValueError: ``model`` has no analog layer; the optimizer steps none of the weights that are to be clipped (or, where
             there is none, as for a frozen analog base with digital adapters, no parameter of the model), nor masters of them;
-            a layer's weight was replaced by one of another shape; it is attached to some of the layers only, or with another ``master``; a ``master`` does not fit; or masters are
-            partitioned (ZeRO stage 3) or cannot be told apart.
+            a layer's weight was replaced by one of another shape; it is attached to some of the layers only, or with another
+            ``master``; a ``master`` does not fit; or masters are partitioned (ZeRO stage 3) or cannot be told apart.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")

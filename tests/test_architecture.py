@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    "reference", "launch", "lang", "ops", "calls", "functional", "config", "nn", "range_statistics", "calibrate", "adapters",
+    "reference", "launch", "lang", "ops", "calls", "functional", "config", "nn", "range_statistics", "calibrate", "surroundings",
     "convert", "restore", "optim", "aihwkit_bridge", "integrations", "tuning", "",
 )  # fmt: skip
 """From the ground up; each imports only what stands before it. The last one is the package's own face."""

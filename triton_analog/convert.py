@@ -11,12 +11,9 @@ import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import is_parametrized
 
-from triton_analog.adapters import adapter_modules
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, check_names
@@ -26,6 +23,17 @@ from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.outside import note_layers
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.settings import check_config
+from triton_analog.surroundings.adapters import adapter_modules
+from triton_analog.surroundings.dispatched import put_hook, take_hook
+from triton_analog.surroundings.obstacles import (
+    ADD_THE_CLASS,
+    Obstacle,
+    describe,
+    is_quantized,
+    obstacle_around,
+    obstacle_of,
+    obstacle_of_subclass,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +103,9 @@ def convert_to_analog(
 
     Subclasses of a class in the map are not replaced, as their own forward would be lost, nor are layers whose forward was
     replaced on the instance, nor weights that are empty or computed by a hook or parametrization, nor
-    ``nn.MultiheadAttention``, which calls its projections as functions. One warning names them all, and the convolutions
-    and recurrent layers without an analog class. Everything is checked before anything is changed.
+    ``nn.MultiheadAttention``, which calls its projections as functions, nor quantized, scripted, compiled, sharded or offloaded
+    layers, which must be converted first. One warning names them all, and the convolutions and recurrent layers without an
+    analog class. Hooks of accelerate that do not offload move to the analog layers. Everything is checked before anything is changed.
 
     Adapters of Hugging Face's PEFT stay digital beside the analog layers, which another warning says. Where such a model has a
     layer frozen, its input ranges and learned clip are frozen too.
@@ -126,6 +135,10 @@ def convert_to_analog(
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}; a torch.nn.Module is needed")
     check_config(rpu_config)
+    around = obstacle_around(module)
+    if around is not None:
+        warnings.warn(describe([(module_name, around)]), stacklevel=2)
+        return module
     if not inplace:
         module = copy.deepcopy(module)
     classes = default_conversion_map() if conversion_map is None else conversion_map
@@ -148,11 +161,12 @@ def convert_to_analog(
     def convert(name: str, old: nn.Module) -> nn.Module:
         if id(old) not in chosen:
             return old
-        analog_class = classes[type(old)]
+        analog_class, hook = classes[type(old)], take_hook(old)
         new = analog_class.from_digital(old, configs.get(id(old)))
         carry_over(old, new)
         if adapters and not any(parameter.requires_grad for parameter in old.parameters(recurse=False)):
             new.requires_grad_(False)
+        put_hook(new, hook)
         if inplace:
             getattr(analog_class, "move_to_meta", AnalogLayerBase.move_to_meta)(old)
         if verbose:
@@ -160,7 +174,7 @@ def convert_to_analog(
         return new
 
     if left:
-        warnings.warn(_describe(left), stacklevel=2)
+        warnings.warn(describe(left), stacklevel=2)
     if of_adapters:
         warnings.warn(
             f"convert_to_analog left {len(of_adapters)} layer(s) of PEFT's adapters digital, such as {of_adapters[0]}; pass "
@@ -204,8 +218,8 @@ def _find_excluded(module: nn.Module, module_name: str, names: Any) -> set[int]:
 
 def _select(
     module: nn.Module, module_name: str, classes: dict[type[nn.Module], Any], excluded: set[int]
-) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
-    """The modules to replace, and those that look as if they should be but cannot: ``(name, reason)``."""
+) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, Obstacle]]]:
+    """The modules to replace, and those that look as if they should be but cannot: ``(name, why)``."""
     layers, left = [], []
     skip = set(excluded)
     kinds = tuple(torch_class for torch_class, analog in classes.items() if not issubclass(analog, AnalogSequential))
@@ -213,47 +227,27 @@ def _select(
         kind = type(candidate)
         if id(candidate) in skip:
             continue
-        if isinstance(candidate, AnalogLayerBase):
+        around = obstacle_around(candidate)
+        if around is not None:
+            skip.update(map(id, candidate.modules()))
+            left.append((name, around))
+        elif isinstance(candidate, AnalogLayerBase):
             if not candidate.IS_CONTAINER:
                 skip.update(map(id, candidate.modules()))
         elif kind in classes:
-            obstacle = _obstacle(candidate)
+            obstacle = obstacle_of(candidate)
             if obstacle is None:
                 layers.append((name, candidate))
             elif kind in kinds:
                 left.append((name, obstacle))
-        elif is_parametrized(candidate) and issubclass(kind, kinds):
-            left.append((name, "its weight is computed by a parametrization"))
         elif isinstance(candidate, nn.MultiheadAttention):
             skip.update(map(id, candidate.modules()))
-            left.append((name, f"{kind.__name__} calls its projections as functions"))
-        elif issubclass(kind, kinds) and isinstance(candidate, LazyModuleMixin):
-            left.append((name, f"{kind.__name__} has no weight yet; run the model once before it is converted"))
-        elif issubclass(kind, kinds):
-            left.append((name, f"{kind.__name__} is a subclass with a forward of its own"))
+            left.append((name, Obstacle(f"{kind.__name__} calls its projections as functions", ADD_THE_CLASS)))
+        elif issubclass(kind, kinds) or is_quantized(candidate):
+            left.append((name, obstacle_of_subclass(candidate)))
         elif isinstance(candidate, _DIGITAL_ONLY):
-            left.append((name, f"no analog class for {kind.__name__}"))
+            left.append((name, Obstacle(f"no analog class for {kind.__name__}", ADD_THE_CLASS)))
     return layers, left
-
-
-def _obstacle(module: nn.Module) -> str | None:
-    """Why ``module``, whose class has an analog one, cannot be replaced."""
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if _has_computed_weights(module):
-        return "its weight is computed by a hook"
-    weight = module._parameters.get("weight")
-    if weight is not None and weight.numel() == 0:
-        return "its weight is empty"
-    return None
-
-
-def _has_computed_weights(module: nn.Module) -> bool:
-    """Whether a hook makes a weight from parameters of longer names, as weight_norm, spectral_norm and pruning do."""
-    return any(
-        isinstance(value, Tensor) and any(parameter.startswith(f"{name}_") for parameter in module._parameters)
-        for name, value in vars(module).items()
-    )
 
 
 def _choose_config(
@@ -267,14 +261,6 @@ def _choose_config(
         return check_config(function(name, layer, config))
     except ConfigError as error:
         raise ConfigError(f"specific_rpu_config_fun for {name!r}: {error}") from error
-
-
-def _describe(left: list[tuple[str, str]]) -> str:
-    names = "; ".join(f"{name or '(root)'}: {reason}" for name, reason in left)
-    return (
-        f"convert_to_analog left {len(left)} module(s) digital. {names}. "
-        "Add their classes to conversion_map to convert them, or their names to exclude_modules if this is intended."
-    )
 
 
 # ---- To digital -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions
 
 test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer and adapters
 	.venv/bin/python -m pytest tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
-		tests/test_transformers.py tests/test_nn_hf_conv1d.py tests/test_peft.py
+		tests/test_transformers.py tests/test_nn_hf_conv1d.py tests/test_peft.py tests/test_accelerate.py
 
 test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs a C++ compiler)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/test_deepspeed.py

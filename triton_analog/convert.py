@@ -103,9 +103,10 @@ def convert_to_analog(
 
     Subclasses of a class in the map are not replaced, as their own forward would be lost, nor are layers whose forward was
     replaced on the instance, nor weights that are empty or computed by a hook or parametrization, nor
-    ``nn.MultiheadAttention``, which calls its projections as functions, nor quantized, scripted, compiled, sharded or offloaded
-    layers, which must be converted first. One warning names them all, and the convolutions and recurrent layers without an
-    analog class. Hooks of accelerate that do not offload move to the analog layers. Everything is checked before anything is changed.
+    ``nn.MultiheadAttention``, which calls its projections as functions, nor what is quantized, scripted, compiled, sharded or
+    offloaded: convert first. One warning names them all with the remedies, and the convolutions and recurrent layers without
+    an analog class. Hooks of accelerate that do not offload move to the analog layers. Everything is checked before anything
+    is changed.
 
     Adapters of Hugging Face's PEFT stay digital beside the analog layers, which another warning says. Where such a model has a
     layer frozen, its input ranges and learned clip are frozen too.
@@ -299,8 +300,10 @@ def convert_to_digital(
         if not can_be if conversion_set is None else type(old) not in conversion_set:
             return old
         kind: Any = type(old)
+        hook = take_hook(old)
         new = kind.to_digital(old)
         carry_over(old, new, skip={"forward", *getattr(old, "ANALOG_NAMES", ())})
+        put_hook(new, hook)
         logger.debug("%s: %s -> %s", name, kind.__name__, type(new).__name__)
         return new
 

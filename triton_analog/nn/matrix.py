@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 import triton_analog.ops as ops
 import triton_analog.reference as reference
-from triton_analog.calls import Numbers, check_input, input_dtype, linear
+from triton_analog.calls import Numbers, check_input, draw_seed, input_dtype, linear
 from triton_analog.config import (
     ConfigError,
     TorchInferenceRPUConfig,
@@ -21,6 +21,7 @@ from triton_analog.config import (
     changes,
 )
 from triton_analog.functional import modified_weight
+from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.outside import complaint_of_shape, follow_or_refuse, follow_shape
 from triton_analog.nn.range_startup import RangeStartup
@@ -69,7 +70,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked"),
-            *("_of_modes", "_numbers_of"),
+            *("_of_modes", "_numbers_of", "_missed_config", SLOT),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
@@ -97,6 +98,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
 
     _weight_version = 0
     _changes_without_clip = 0
+    _missed_config = False
 
     # ---- Construction -------------------------------------------------------------------------------------------------
 
@@ -113,6 +115,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         for name in ("input_range_update_idx", "x_min", "x_max"):
             self.register_buffer(name, None)
         self.register_buffer("input_range_residual", None, persistent=False)
+        self.__dict__["_buffers"] = BuffersWithConfig(self, self._buffers)
         self._fit_state()
 
     def take_parameters(self, module: nn.Module) -> None:
@@ -178,6 +181,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles come here; a copy of a parameter has none of its attributes."""
         super().__setstate__(state)
+        self.__dict__["_buffers"] = BuffersWithConfig(self, self._buffers)
         self._mark_undecayed()
 
     # ---- Configuration ------------------------------------------------------------------------------------------------
@@ -259,6 +263,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             )
         seen, now = self._numbers_of, changes()
         if seen is None or seen[0] is not self.rpu_config or seen[1] != now:
+            if self._missed_config:
+                self._complain_of_missed_config()
             if self.rpu_config != self._checked:
                 self.rpu_config.validate()
                 self._check_state()
@@ -495,6 +501,33 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         """The config as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""
         return encode(self.rpu_config)
 
+    @property
+    def _extra_state(self) -> Tensor:
+        """What a loader that sets tensors one by one finds under the name of the config (:class:`BuffersWithConfig`)."""
+        return self.get_extra_state()
+
+    def take_config(self, state: Tensor) -> None:
+        """:meth:`set_extra_state`, from such a loader. It expects buffers to have memory, and has not all of them to load."""
+        if state.is_meta:  # it has put the config itself elsewhere, onto a disk
+            self._missed_config, self._numbers_of = True, None
+        else:
+            self.set_extra_state(state)
+        device = torch.device("cpu") if state.is_meta else state.device
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                self._buffers[name] = torch.zeros_like(buffer, device=device)
+        if self.weight_noise_seed is not None and self.weight_noise_seed.is_meta:
+            self.weight_noise_seed = draw_seed(device)
+
+    def _complain_of_missed_config(self) -> None:
+        self._missed_config = False
+        warnings.warn(
+            "the config of an analog layer in the checkpoint was offloaded to a disk, unread: the layer goes on with the config "
+            "that it was converted with. Load with load_checkpoint_and_dispatch from triton_analog.integrations.accelerate, "
+            "which reads all configs first",
+            stacklevel=2,
+        )
+
     def set_extra_state(self, state: Any) -> None:
         """Change to the config in ``state``, as :meth:`reconfigure` does.
 
@@ -502,6 +535,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             ConfigError: ``state`` holds no config, or one that does not fit. The layer is then unchanged.
         """
         self.reconfigure(decode(state, type(self.rpu_config)))
+        self._missed_config = False
 
     def _load_from_state_dict(
         self,
@@ -515,7 +549,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     ) -> None:
         # The config comes first: it decides which parameters there are to be filled.
         state = state_dict.get(prefix + "_extra_state")
-        if state is not None:
+        if (
+            type(state).__name__ == "_EXTRA_STATE"
+        ):  # with which torch.distributed.checkpoint says that the file has none
+            del state_dict[prefix + "_extra_state"]
+        elif state is not None:
             try:
                 self.set_extra_state(state)
             except ConfigError as error:

@@ -108,6 +108,8 @@ class RangeStartup(AnalogLayerBase):
         range_, group = self.rpu_config.pre_post.input_range, self._statistics_group()
         if not compiling:
             self._mend_counter()
+            if self.input_range_residual is not None and self.input_range_residual.device != self.input_range.device:
+                self._reset_residual()  # moved by something that does not know it
         rows = self.tile_rows(x.detach())
         update_input_range(
             rows,

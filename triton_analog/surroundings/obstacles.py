@@ -19,7 +19,9 @@ class Obstacle(NamedTuple):
     remedy: str
 
 
-ADD_THE_CLASS = "Add their classes to conversion_map to convert them, or their names to exclude_modules if this is intended."
+ADD_THE_CLASS = (
+    "Add their classes to conversion_map to convert them, or their names to exclude_modules if this is intended."
+)
 _IF_INTENDED = "; name them in exclude_modules if this is intended."
 _FIRST = "Convert the model first, and {} the analog one" + _IF_INTENDED
 
@@ -112,7 +114,7 @@ def obstacle_of_subclass(module: nn.Module) -> Obstacle:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer with a weight of small integers: of bitsandbytes and its like, of GPTQ and AWQ, or torch's."""
+    """Whether ``module`` is a layer with a weight of small integers: of bitsandbytes and its like, GPTQ, AWQ or torch."""
     weight = module._parameters.get("weight")
     integers = weight is not None and not weight.is_floating_point()
     package = type(module).__module__

@@ -287,3 +287,11 @@ def test_an_analog_base_below_adapters_stays_as_it_is() -> None:
     with pytest.warns(UserWarning, match="PEFT's adapters"):
         again = convert_to_analog(model, TorchInferenceRPUConfig())
     assert torch.equal(logits(again), logits(model))
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "trainers.md", "exec"), names)
+    assert all(parameter.grad is not None for parameter in names["trained"])

@@ -1,4 +1,5 @@
-"""For Hugging Face's transformers: a callback for its Trainer, and analog models from what ``save_pretrained`` wrote."""
+"""For Hugging Face's transformers: a callback for its Trainer, analog models from what ``save_pretrained`` wrote, other
+vocabularies."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class AnalogCallback(TrainerCallback):
     """``Trainer(model, args, callbacks=[AnalogCallback()], ...)``: clips analog weights after each step of its optimizer.
 
     The same as :func:`triton_analog.optim.attach` from the beginning of the training to its end, with what is refused there;
-    an ``AnalogOptimizer`` that the trainer was given clips once all the same. A step that ends without the work raises.
+    an ``AnalogOptimizer`` that the trainer was given clips once all the same. A step that ends without the work raises. The
+    base may be frozen, with digital adapters that are trained: then there is only noise to draw.
 
     Args:
         master: As for :func:`~triton_analog.optim.attach`.

@@ -209,28 +209,21 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     models = [convert_to_analog(llama(), recipe()) for _ in range(2)]
     for model, checkpoint in zip(models, (None, str(tmp_path / "checkpoint-2")), strict=True):
         run = trainer(model, tmp_path, steps=4, callbacks=[hugging_face.AnalogCallback()])
+        run.args.weight_decay = 1.0  # which leaves some parameters alone that the trainer would have decay
         run.args.save_strategy, run.args.save_steps = transformers.trainer_utils.SaveStrategy.STEPS, 2
         run.train(resume_from_checkpoint=checkpoint)
     states = [model.state_dict() for model in models]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_the_trainers_weight_decay_leaves_ranges_and_clips_alone(tmp_path: Path) -> None:
-    """Also of a training that goes on from a checkpoint, whose optimizer has the groups of the Trainer."""
+def test_the_trainers_weight_decay_leaves_ranges_alone(tmp_path: Path) -> None:
     config = recipe()
     config.pre_post.input_range.init_from_data, config.pre_post.input_range.init_value = 0, 50.0
-    config.pre_post.input_range.decay = 0.0
-    config.clip.type = WeightClipType.LEARNABLE_PER_CHANNEL
-    states = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
-        model = convert_to_analog(llama(), config)
-        run = trainer(model, tmp_path, steps=4, callbacks=[hugging_face.AnalogCallback()])
-        run.args.weight_decay, run.args.max_grad_norm = 5.0, 0.0  # a step with it takes a quarter away
-        run.args.save_strategy, run.args.save_steps = transformers.trainer_utils.SaveStrategy.STEPS, 2
-        run.train(resume_from_checkpoint=checkpoint)
-        assert min(layer.input_range.min().item() for layer in model.analog_layers()) > 49
-        states.append(model.state_dict())
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    model = convert_to_analog(llama(), config)
+    run = trainer(model, tmp_path, callbacks=[hugging_face.AnalogCallback()])
+    run.args.weight_decay = 5.0  # a step with it takes a quarter away
+    run.train()
+    assert min(layer.input_range.min().item() for layer in model.analog_layers()) > 49
 
 
 def test_what_the_trainer_saves_comes_back(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ test: .venv/ready  ## ruff, mypy and the tests (PYTEST_ARGS)
 test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions (PYTEST_ARGS)
 	.venv-oldest/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
-test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer
+test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer and adapters
 	.venv/bin/python -m pytest $(WORKERS) tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
-		tests/test_transformers.py tests/test_transformers_experts.py tests/test_nn_hf_conv1d.py tests/test_nn_experts.py
+		tests/test_transformers.py tests/test_transformers_experts.py tests/test_nn_hf_conv1d.py tests/test_nn_experts.py \
+		tests/test_peft.py tests/test_accelerate.py tests/test_noise_models.py
 
 test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs a C++ compiler)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/test_deepspeed.py
@@ -54,7 +55,7 @@ clean:  ## remove the environments and everything generated
 # Without their dependencies: AIHWKIT's would replace torch. What their torch tiles really import is named instead.
 .venv/peers: .venv/ready
 	.venv/bin/pip install -q --no-deps --only-binary :all: aihwkit==1.1.0 aihwkit-lightning==2.1.0
-	.venv/bin/pip install -q -c .venv/constraints.txt protobuf 'requests<3' scipy transformers accelerate
+	.venv/bin/pip install -q -c .venv/constraints.txt protobuf 'requests<3' scipy transformers accelerate peft
 	touch $@
 
 # It is built here, against the torch that is there.

@@ -330,7 +330,7 @@ def test_an_optimizer_of_biases_alone() -> None:
     refused(net, optimizer, ValueError, "steps none of the 2 weights that are to be clipped")
     unclipped = model(ideal())
     attach(unclipped, SGD([unclipped[0].bias]))  # nothing to clip: its work is the noise
-    refused(unclipped, SGD(model().parameters()), ValueError, "steps none of the 4 parameters of analog layers")
+    refused(unclipped, SGD(model().parameters()), ValueError, "steps none of the 4 trained parameters of the model")
 
 
 def test_masters_that_cannot_be_told_apart() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -139,3 +141,24 @@ def test_wrong_arguments_are_named() -> None:
         AnalogHFConv1D(N, 0, rpu_config=TorchInferenceRPUConfig())
     with pytest.raises(TypeError, match=r"module: got Linear; a transformers\.pytorch_utils\.Conv1D is needed"):
         AnalogHFConv1D.from_digital(nn.Linear(K, N), TorchInferenceRPUConfig())
+
+
+def test_it_is_hugging_faces_layer_for_libraries_that_ask(hugging_face: type[nn.Module]) -> None:
+    layer = AnalogHFConv1D(4, 6, rpu_config=TorchInferenceRPUConfig())
+    for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert isinstance(one, hugging_face)
+        assert type(one) is AnalogHFConv1D
+        assert repr(one).startswith("AnalogHFConv1D(nf=4, nx=6, slices=[6]")
+        assert set(dict(one.named_parameters())) == {"weight", "bias"}
+
+
+def test_hugging_face_may_be_imported_later_or_never() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    code = (
+        "import sys; from triton_analog import TorchInferenceRPUConfig; from triton_analog.nn import AnalogHFConv1D\n"
+        "make = lambda: AnalogHFConv1D(4, 6, rpu_config=TorchInferenceRPUConfig())\n"
+        "early = make(); assert 'transformers' not in sys.modules\n"
+        "from transformers.pytorch_utils import Conv1D; make()\n"
+        "assert isinstance(early, Conv1D)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -95,6 +95,51 @@ def test_shards_and_auto_classes(tmp_path: Path) -> None:
     assert len(list(again.analog_layers())) == len(list(source.analog_layers()))
 
 
+# ---- Other vocabularies ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["learned clip", "no clip"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tokens", [43, 37])
+def test_the_output_layer_stays_analog_for_another_vocabulary(
+    tokens: int, tied: bool, clip: bool, tmp_path: Path
+) -> None:
+    config = recipe()
+    if clip:
+        config.clip.type = WeightClipType.LEARNABLE_PER_CHANNEL
+    model = convert_to_analog(llama(tied), config)
+    head = model.lm_head
+    ranges, kept = head.input_range.detach().clone(), min(tokens, 40)
+    before = head.weight[:kept].detach().clone()
+    embeddings = hugging_face.resize_token_embeddings(model, tokens)
+    assert embeddings is model.get_input_embeddings()
+    assert model.lm_head is head
+    assert (head.tile_shape, head.out_features) == ((tokens, 24), tokens)
+    assert (head.weight is embeddings.weight) == tied
+    assert torch.equal(head.weight[:kept], before)
+    assert torch.equal(head.input_range, ranges)
+    assert model.eval()(TOKENS).logits.shape == (2, 6, tokens)
+    model.save_pretrained(tmp_path)
+    again = hugging_face.from_pretrained(transformers.LlamaForCausalLM, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_the_models_own_method_does_not_go_unnoticed(tmp_path: Path) -> None:
+    model = convert_to_analog(llama(tied=False), recipe())
+    model.resize_token_embeddings(43)
+    with pytest.warns(UserWarning, match=r"digital now: lm_head \(Linear\)\. .*resize_token_embeddings"):
+        trainer(model, tmp_path, steps=1, callbacks=[hugging_face.AnalogCallback()]).train()
+    config = recipe()
+    config.clip.type = WeightClipType.LEARNABLE_PER_CHANNEL
+    model = convert_to_analog(llama(), config)
+    model.resize_token_embeddings(43)
+    with pytest.raises(ValueError, match=r"lm_head: .* \(43, 24\), but its tiles .* \(40, 24\); call its resized"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(43, 24\), but its tiles .* \(40, 24\); call its resized"):
+        model(TOKENS)
+
+
 # ---- The Trainer ------------------------------------------------------------------------------------------------------
 
 
@@ -164,10 +209,21 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     models = [convert_to_analog(llama(), recipe()) for _ in range(2)]
     for model, checkpoint in zip(models, (None, str(tmp_path / "checkpoint-2")), strict=True):
         run = trainer(model, tmp_path, steps=4, callbacks=[hugging_face.AnalogCallback()])
+        run.args.weight_decay = 1.0  # which leaves some parameters alone that the trainer would have decay
         run.args.save_strategy, run.args.save_steps = transformers.trainer_utils.SaveStrategy.STEPS, 2
         run.train(resume_from_checkpoint=checkpoint)
     states = [model.state_dict() for model in models]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_the_trainers_weight_decay_leaves_ranges_alone(tmp_path: Path) -> None:
+    config = recipe()
+    config.pre_post.input_range.init_from_data, config.pre_post.input_range.init_value = 0, 50.0
+    model = convert_to_analog(llama(), config)
+    run = trainer(model, tmp_path, callbacks=[hugging_face.AnalogCallback()])
+    run.args.weight_decay = 5.0  # a step with it takes a quarter away
+    run.train()
+    assert min(layer.input_range.min().item() for layer in model.analog_layers()) > 49
 
 
 def test_what_the_trainer_saves_comes_back(tmp_path: Path) -> None:

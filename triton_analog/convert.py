@@ -11,10 +11,8 @@ from collections.abc import Callable, Collection
 from operator import itemgetter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import is_parametrized
 
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig, effects
 from triton_analog.coverage.bypassed import check_calls, stop_watching, watch_first_forward
@@ -26,8 +24,19 @@ from triton_analog.nn.conv import AnalogConv1d, AnalogConv2d, AnalogConv3d
 from triton_analog.nn.experts import experts_in
 from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
+from triton_analog.nn.outside import note_layers
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.settings import check_config
+from triton_analog.surroundings.adapters import adapter_modules
+from triton_analog.surroundings.dispatched import put_hook, take_hook
+from triton_analog.surroundings.obstacles import (
+    ADD_THE_CLASS,
+    Obstacle,
+    is_quantized,
+    obstacle_around,
+    obstacle_of,
+    obstacle_of_subclass,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +99,7 @@ def convert_to_analog(
     inplace: bool = False,
     verbose: bool = False,
     check: Any = None,
+    convert_adapters: bool = False,
 ) -> Any:
     """``module`` with its torch layers replaced by analog ones.
 
@@ -99,10 +109,14 @@ def convert_to_analog(
 
     Subclasses of a class in the map are not replaced, as their own forward would be lost, nor are layers whose forward was
     replaced on the instance, nor weights that are empty or computed by a hook or parametrization, nor
-    ``nn.MultiheadAttention``, which calls its projections as functions. One warning names them all, the layers without an
-    analog class, and modules with matrices of their own (parameters of two or more dimensions, but for embeddings, norms
-    and tables), and says what share of the weights is on tiles; :func:`triton_analog.analog_summary` says it at any time.
-    Everything is checked before anything is changed.
+    ``nn.MultiheadAttention``, which calls its projections as functions, nor what is quantized, scripted, compiled, sharded or
+    offloaded: convert first. One warning names them all with the remedies, the layers without an analog class, and modules
+    with matrices of their own (parameters of two or more dimensions, but for embeddings, norms and tables), and says what share
+    of the weights is on tiles; :func:`triton_analog.analog_summary` says it at any time. Hooks of accelerate that do not
+    offload move to the analog layers. Everything is checked before anything is changed.
+
+    Adapters of Hugging Face's PEFT stay digital beside the analog layers, which another warning says. Where such a model has a
+    layer frozen, its input ranges and learned clip are frozen too.
 
     A layer whose parent reads its weight and multiplies with it itself never computes. The first training forward of the
     result, or the first step of an optimizer of this package, warns of such layers; ``check`` finds them at once.
@@ -123,6 +137,7 @@ def convert_to_analog(
             ``(args, kwargs)``. ``module`` runs on it once before it is converted, in evaluation mode and without gradients,
             and one warning names the layers that are not called: those whose weight their parent reads, and those that
             this sample does not reach.
+        convert_adapters: Convert the layers of PEFT's adapters (``lora_A``, ``lora_B``, ...) too.
 
     Returns:
         The converted model. It is the object ``module`` if ``inplace`` and ``module`` itself was not replaced.
@@ -137,12 +152,24 @@ def convert_to_analog(
         remedy = "swap the two: convert_to_analog(model, config)" if swapped else "a torch.nn.Module is needed"
         raise TypeError(f"module: got {type(module).__name__}; {remedy}")
     check_config(rpu_config)
+    around = obstacle_around(module)
+    if around is not None:
+        name = module_name or "(root)"
+        warnings.warn(
+            f"convert_to_analog left the model digital. {name}: {around.reason}. {around.remedy}", stacklevel=2
+        )
+        return module
     if not inplace:
         module = copy.deepcopy(module)
     classes = default_conversion_map(module) if conversion_map is None else conversion_map
     _check_map(classes)
     excluded = _find_excluded(module, module_name, exclude_modules)
+    adapters = adapter_modules(module)
     layers, left = select(module, module_name, classes, excluded)
+    of_adapters = [] if convert_adapters else [name for name, layer in layers if id(layer) in adapters]
+    if not convert_adapters:
+        excluded |= adapters
+        layers, left = select(module, module_name, classes, excluded)
     configs = {
         id(layer): _choose_config(name, layer, rpu_config, specific_rpu_config_fun)
         for name, layer in layers
@@ -155,9 +182,12 @@ def convert_to_analog(
     def convert(name: str, old: nn.Module) -> nn.Module:
         if id(old) not in chosen:
             return old
-        analog_class = classes[type(old)]
+        analog_class, hook = classes[type(old)], take_hook(old)
         new = analog_class.from_digital(old, configs.get(id(old)))
         carry_over(old, new)
+        if adapters and not any(parameter.requires_grad for parameter in old.parameters(recurse=False)):
+            new.requires_grad_(False)
+        put_hook(new, hook)
         if inplace:
             getattr(analog_class, "move_to_meta", AnalogLayerBase.move_to_meta)(old)
         if verbose:
@@ -173,9 +203,16 @@ def convert_to_analog(
         warnings.warn(_describe(coverage), stacklevel=2)
     if check is not None:
         check_calls(module, {name: layer for name, layer in layers if id(layer) in configs}, check)
+    if of_adapters:
+        warnings.warn(
+            f"convert_to_analog left {len(of_adapters)} layer(s) of PEFT's adapters digital, such as {of_adapters[0]}; pass "
+            "convert_adapters=True to convert them too",
+            stacklevel=2,
+        )
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
     watch_first_forward(root)
+    note_layers(root)
     return AnalogWrapper(root) if ensure_analog_root else root
 
 
@@ -210,8 +247,8 @@ def _find_excluded(module: nn.Module, module_name: str, names: Any) -> set[int]:
 
 def select(
     module: nn.Module, module_name: str, classes: dict[type[nn.Module], Any], excluded: set[int]
-) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
-    """The modules to replace, and those that look as if they should be but cannot: ``(name, reason)``."""
+) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, Obstacle]]]:
+    """The modules to replace, and those that look as if they should be but cannot: ``(name, why)``."""
     layers, left = [], []
     skip = set(excluded)
     kinds = tuple(torch_class for torch_class, analog in classes.items() if not issubclass(analog, AnalogSequential))
@@ -219,7 +256,11 @@ def select(
         kind = type(candidate)
         if id(candidate) in skip:
             continue
-        if isinstance(candidate, AnalogLayerBase):
+        around = obstacle_around(candidate)
+        if around is not None:
+            skip.update(map(id, candidate.modules()))
+            left.append((name, around))
+        elif isinstance(candidate, AnalogLayerBase):
             if not candidate.IS_CONTAINER:
                 skip.update(map(id, candidate.modules()))
         elif kind in classes:
@@ -228,42 +269,23 @@ def select(
                 layers.append((name, candidate))
             elif kind in kinds:
                 left.append((name, obstacle))
-        elif is_parametrized(candidate) and issubclass(kind, kinds):
-            left.append((name, "its weight is computed by a parametrization"))
         elif isinstance(candidate, nn.MultiheadAttention):
             skip.update(map(id, candidate.modules()))
-            left.append((name, f"{kind.__name__} calls its projections as functions"))
-        elif issubclass(kind, kinds) and isinstance(candidate, LazyModuleMixin):
-            left.append((name, f"{kind.__name__} has no weight yet; run the model once before it is converted"))
-        elif issubclass(kind, kinds):
-            left.append((name, f"{kind.__name__} is a subclass with a forward of its own"))
+            left.append((name, Obstacle(f"{kind.__name__} calls its projections as functions", ADD_THE_CLASS)))
+        elif issubclass(kind, kinds) or is_quantized(candidate):
+            left.append((name, obstacle_of_subclass(candidate)))
         elif isinstance(candidate, _DIGITAL_ONLY):
-            left.append((name, f"no analog class for {kind.__name__}"))
+            left.append((name, Obstacle(f"no analog class for {kind.__name__}", ADD_THE_CLASS)))
     return layers, left
 
 
-def _obstacle(module: nn.Module, analog_class: Any) -> str | None:
+def _obstacle(module: nn.Module, analog_class: Any) -> Obstacle | None:
     """Why ``module``, whose class has an analog one, cannot be replaced."""
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if _has_computed_weights(module):
-        return "its weight is computed by a hook"
-    weight = module._parameters.get("weight")
-    if weight is not None and weight.numel() == 0:
-        return "its weight is empty"
     try:
         getattr(analog_class, "find_layout", id)(module)
     except ValueError as error:
-        return str(error)
-    return None
-
-
-def _has_computed_weights(module: nn.Module) -> bool:
-    """Whether a hook makes a weight from parameters of longer names, as weight_norm, spectral_norm and pruning do."""
-    return any(
-        isinstance(value, Tensor) and any(parameter.startswith(f"{name}_") for parameter in module._parameters)
-        for name, value in vars(module).items()
-    )
+        return Obstacle(str(error), ADD_THE_CLASS)
+    return obstacle_of(module)
 
 
 def _choose_config(
@@ -280,10 +302,10 @@ def _choose_config(
 
 
 def _describe(coverage: Coverage) -> str:
+    remedies = dict.fromkeys(weights.remedy for weights in coverage.digital)
     return (
         f"convert_to_analog left {len(coverage.digital)} module(s) digital, and {coverage.percentage}. "
-        f"{'; '.join(describe(coverage.digital))}. Add their classes to conversion_map to convert them, or their names to "
-        "exclude_modules if this is intended."
+        f"{'; '.join(describe(coverage.digital))}. {' '.join(remedies)}"
     )
 
 
@@ -323,14 +345,17 @@ def convert_to_digital(
         if not can_be if conversion_set is None else conversion_set.isdisjoint(_classes_of(old)):
             return old
         kind: Any = type(old)
+        hook = take_hook(old)
         new = kind.to_digital(old)
         carry_over(old, new, skip={"forward", *getattr(old, "ANALOG_NAMES", ())})
+        put_hook(new, hook)
         logger.debug("%s: %s -> %s", name, kind.__name__, type(new).__name__)
         return new
 
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
     stop_watching(root)
+    note_layers(root)
     return root
 
 

@@ -58,6 +58,7 @@ def restore_analog(module: nn.Module, state_dict: Mapping[str, Any], inplace: bo
         specific_rpu_config_fun=lambda name, layer, config: configs[name],
         exclude_modules=sorted({*(layers - configs.keys()), *_digital(module, configs)}),
         inplace=inplace,
+        convert_adapters=True,  # those that were
     )
     _load(analog, state_dict)
     return analog

@@ -6,6 +6,7 @@ from torch import nn
 
 from triton_analog.convert import default_conversion_map, select
 from triton_analog.coverage.weights import Coverage, measure
+from triton_analog.surroundings.obstacles import Obstacle
 
 
 def analog_summary(model: nn.Module) -> Coverage:
@@ -21,5 +22,6 @@ def analog_summary(model: nn.Module) -> Coverage:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
     layers, left = select(model, "", default_conversion_map(model), set())
-    reasons = {name: "it can be converted" for name, layer in layers if next(layer.parameters(False), None) is not None}
+    possible = Obstacle("it can be converted", "Convert it, model = convert_to_analog(model, config).")
+    reasons = {name: possible for name, layer in layers if next(layer.parameters(False), None) is not None}
     return measure(model, "", (), reasons | dict(left))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from triton_analog.hints import names_of
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.surroundings.obstacles import ADD_THE_CLASS, Obstacle
 
 _TABLE = re.compile(
     r"(^|_)(pos|position|positions|positional|pe|rpb|embed|embeds|embedding|embeddings|token|tokens|cls|table|prompt|prompts|"
@@ -32,6 +33,7 @@ class DigitalWeights(NamedTuple):
     size: int
     """Numbers in its weights."""
     reason: str
+    remedy: str
 
 
 class Coverage(NamedTuple):
@@ -98,7 +100,11 @@ def weights_on_tiles(model: nn.Module) -> list[Tensor]:
 
 
 def measure(
-    model: nn.Module, prefix: str, converted: Iterable[nn.Module], left: dict[str, str], silent: Iterable[int] = ()
+    model: nn.Module,
+    prefix: str,
+    converted: Iterable[nn.Module],
+    left: Mapping[str, Obstacle],
+    silent: Iterable[int] = (),
 ) -> Coverage:
     """The weights of ``model``.
 
@@ -122,20 +128,20 @@ def measure(
         return sum(weight.numel() for weight in new.values())
 
     for name, module in model.named_modules(prefix=prefix):
-        kind, reason = type(module).__name__, left.get(name)
-        below = [weight for part in module.modules() for weight in own_weights(part).values()] if reason else []
+        kind, obstacle = type(module).__name__, left.get(name)
+        below = [weight for part in module.modules() for weight in own_weights(part).values()] if obstacle else []
         own = own_weights(module)
         count = count_new(below or own.values())
         total += count
         if id(module) in quiet:
             continue
-        if reason is not None:
-            digital.append(DigitalWeights(name, kind, count, reason))
+        if obstacle is not None:
+            digital.append(DigitalWeights(name, kind, count, *obstacle))
         elif count:
             names = ", ".join(own_name for own_name, weight in own.items() if id(weight) not in on_tiles)
             known = isinstance(module, _LAYERS)
             reason = f"no analog class for {kind}" if known else f"{kind} computes with its own {names}"
-            digital.append(DigitalWeights(name, kind, count, reason))
+            digital.append(DigitalWeights(name, kind, count, reason, ADD_THE_CLASS))
     return Coverage(counted, total, digital)
 
 

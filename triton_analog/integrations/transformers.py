@@ -1,4 +1,5 @@
-"""For Hugging Face's transformers: a callback for its Trainer, and analog models from what ``save_pretrained`` wrote."""
+"""For Hugging Face's transformers: a callback for its Trainer, analog models from what ``save_pretrained`` wrote, other
+vocabularies."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from transformers import AutoConfig, GenerationConfig, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from triton_analog.integrations.checkpoint_names import as_in_model
+from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.outside import complaint_of_shape
 from triton_analog.optim import Attachment, attach
 from triton_analog.restore import restore_analog
 
@@ -23,7 +26,8 @@ class AnalogCallback(TrainerCallback):
     """``Trainer(model, args, callbacks=[AnalogCallback()], ...)``: clips analog weights after each step of its optimizer.
 
     The same as :func:`triton_analog.optim.attach` from the beginning of the training to its end, with what is refused there;
-    an ``AnalogOptimizer`` that the trainer was given clips once all the same. A step that ends without the work raises.
+    an ``AnalogOptimizer`` that the trainer was given clips once all the same. A step that ends without the work raises. The
+    base may be frozen, with digital adapters that are trained: then there is only noise to draw.
 
     Args:
         master: As for :func:`~triton_analog.optim.attach`.
@@ -74,6 +78,32 @@ def from_pretrained(model_class: Any, directory: str | Path, *, dtype: torch.dty
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
+
+
+def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    """``model.resize_token_embeddings``, which also keeps an analog output layer analog, with its ranges, clip and config.
+
+    The method alone would put a digital layer in its place or, where the two are tied, leave it with tiles of the old shape.
+    Call it before an optimizer is made: parameters are replaced.
+
+    Args:
+        model: A converted model of transformers.
+        new_num_tokens, args, kwargs: As for the method.
+
+    Returns:
+        The input embeddings.
+    """
+    head = model.get_output_embeddings()
+    analog = isinstance(head, AnalogMatrixLayer)
+    embeddings = model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+    new = model.get_output_embeddings()
+    if analog and new is not head:
+        head.weight, head.bias = new.weight, new.bias
+        model.set_output_embeddings(head)
+    for layer in model.modules():
+        if isinstance(layer, AnalogMatrixLayer) and complaint_of_shape(layer) is not None:
+            layer.resized()
+    return embeddings
 
 
 def _read(directory: str | Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.derived import Derived, derived_class
+from triton_analog.nn.outside import warn_of_lost_layers
 from triton_analog.nn.tied import clip_each_weight, quantize_each_weight
 
 
@@ -33,6 +34,10 @@ class AnalogContainerBase(AnalogLayerBase):
         different ways each quantize it, one after the other.
         """
         quantize_each_weight(self.analog_layers())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        warn_of_lost_layers(self, prefix.rstrip("."))
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class AnalogSequential(AnalogContainerBase, nn.Sequential):
@@ -94,7 +99,10 @@ def check_names(model: nn.Module) -> None:
         TypeError: it has something of its own under a name that a wrapper adds.
     """
     added = {name for name in dir(AnalogWrapper) if not name.startswith("_")}.difference(dir(nn.Module))
-    hidden = sorted(name for name in added if hasattr(model, name))
+    held = vars(model)  # of a copy in the making it is empty
+    registries = (held.get(registry, {}) for registry in ("_parameters", "_buffers", "_modules"))
+    # What a model passes on to another one, as PEFT's do, is not its own.
+    hidden = sorted(added.intersection({*dir(type(model)), *held}.union(*registries)))
     if hidden:
         raise TypeError(
             f"model: {type(model).__name__} has {', '.join(hidden)} of its own, which AnalogWrapper would hide; rename that, "

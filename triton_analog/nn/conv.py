@@ -108,6 +108,15 @@ class _AnalogConv(AnalogMatrixLayer):
         """The patches of ``x [B, in_channels, *size]``: rows ``[B * places, in_channels * prod(kernel_size)]``."""
         return self.patches.unfold(x)
 
+    def take_shape(self) -> None:
+        outputs, inputs, *kernel = self.weight.shape
+        if tuple(kernel) != self.kernel_size or outputs % self.groups:
+            raise ValueError(
+                f"weight: got shape {tuple(self.weight.shape)}; a kernel of {self.kernel_size} and a number of outputs that the "
+                f"{self.groups} group(s) divide are needed"
+            )
+        self.out_channels, self.in_channels = outputs, inputs * self.groups
+
     def forward(self, input: Tensor | None = None, *, inp: Tensor | None = None) -> Tensor:
         """``input [B, in_channels, *size]`` to ``[B, out_channels, *size]``, both also without ``B``; ``inp`` is another name.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from triton_analog.nn.settings import refuse_config
 class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
     """``transformers.pytorch_utils.Conv1D`` computed on analog tiles: a linear layer with a transposed weight.
 
-    Its ``weight [nx, nf]`` stays as it is stored, so that checkpoints and ties keep fitting; the tiles see its transpose.
+    Its ``weight [nx, nf]`` stays as it is stored, so that checkpoints and ties keep fitting; the tiles see its transpose. It is
+    an instance of Hugging Face's class, by which other libraries choose what to do with a layer, wherever that has been imported.
 
     Args:
         nf: Size ``N`` of each output.
@@ -46,7 +48,8 @@ class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
         for name, size in (("nf", nf), ("nx", nx)):
             if size < 1:
                 raise ValueError(f"{name}: got {size}; a tile needs at least 1")
-        super().__init__()
+        _become_hugging_faces()
+        nn.Module.__init__(self)  # Hugging Face's would make parameters of its own
         self.nf, self.nx = nf, nx
         self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(nf, device=device, dtype=dtype))
@@ -74,11 +77,20 @@ class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
         """``nf``"""
         return self.nf
 
+    def take_shape(self) -> None:
+        self.nx, self.nf = self.weight.shape
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., nx]`` to ``[..., nf]``."""
         if x.__class__ is not Tensor and isinstance(x, Proxy):
             return traced_leaf(self, x)
         return self.analog_matmul(x)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _become_hugging_faces()
+        super().__setstate__(state)
+
+    __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, {super().extra_repr()}"
@@ -116,3 +128,14 @@ class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
         layer.weight, layer.bias = own["weight"], own["bias"]
         layer.training = module.training
         return layer
+
+
+def _become_hugging_faces() -> None:
+    """Make Hugging Face's class a base of the one here, if anything has imported it.
+
+    Only then can anything ask for it; to import it would take seconds, and may not be possible. A subclass of both for such
+    processes would be another class than the one that other processes know and pickle.
+    """
+    hugging_face: Any = sys.modules.get("transformers.pytorch_utils")
+    if hugging_face is not None and not issubclass(AnalogHFConv1D, hugging_face.Conv1D):
+        AnalogHFConv1D.__bases__ = (AnalogMatrixLayer, hugging_face.Conv1D)

@@ -61,6 +61,9 @@ class AnalogLinear(AnalogMatrixLayer, nn.Linear):
             input = the_input(input, inp)
         return self.analog_matmul(input, one_forward)
 
+    def take_shape(self) -> None:
+        self.out_features, self.in_features = self.weight.shape
+
     @classmethod
     def from_digital(cls, module: nn.Linear, rpu_config: TorchInferenceRPUConfig) -> Self:
         """An analog layer with the very parameters of ``module``, in its mode and on its device.

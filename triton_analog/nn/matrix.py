@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 import triton_analog.ops as ops
 import triton_analog.reference as reference
-from triton_analog.calls import Numbers, check_input, input_dtype, linear
+from triton_analog.calls import Numbers, check_input, draw_seed, input_dtype, linear
 from triton_analog.config import (
     ConfigError,
     TorchInferenceRPUConfig,
@@ -21,12 +22,15 @@ from triton_analog.config import (
     effects,
 )
 from triton_analog.functional import modified_weight
+from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
+from triton_analog.nn.outside import complaint_of_shape, follow_or_refuse, follow_shape
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
     QUANTIZATION,
+    UNDECAYED,
     check_config,
     constant,
     decode,
@@ -68,8 +72,9 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         {
             *("input_range", "learnable_weight_clip"),
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
-            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_checked", "_told"),
+            *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked", "_told"),
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
+            *("_missed_config", SLOT),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
@@ -106,6 +111,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
 
     _weight_version = 0
     _changes_without_clip = 0
+    _missed_config = False
 
     # ---- Construction -------------------------------------------------------------------------------------------------
 
@@ -123,6 +129,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         for name in ("input_range_update_idx", "x_min", "x_max"):
             self.register_buffer(name, None)
         self.register_buffer("input_range_residual", None, persistent=False)
+        self.__dict__["_buffers"] = BuffersWithConfig(self, self._buffers)
         self._fit_state()
 
     def take_parameters(self, module: nn.Module) -> None:
@@ -175,7 +182,21 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             self.learnable_weight_clip = nn.Parameter(torch.empty(self.slices, self.tile_shape[0], **like))
             self.reset_weight_clip()
         self._fit_weight_noise(self.weight.device)
+        self._mark_undecayed()
         self._checked = self._numbers_of = None
+
+    def _mark_undecayed(self) -> None:
+        """Many trainers look for this attribute of a parameter before they let it decay."""
+        for name in UNDECAYED:
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles come here; a copy of a parameter has none of its attributes."""
+        super().__setstate__(state)
+        self.__dict__["_buffers"] = BuffersWithConfig(self, self._buffers)
+        self._mark_undecayed()
 
     # ---- Configuration ------------------------------------------------------------------------------------------------
 
@@ -275,6 +296,8 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             )
         seen, now = self._numbers_of, changes()
         if seen is None or seen[0] is not self.rpu_config or seen[1] != now:
+            if self._missed_config:
+                self._complain_of_missed_config()
             if self.rpu_config != self._checked:
                 self.rpu_config.validate()
                 self._check_state()
@@ -298,7 +321,19 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         In training, a stored input range first learns from ``x`` while its start-up lasts (see :class:`RangeStartup`), and
         weight noise may be that of other forwards (:class:`WeightNoise`). Calls with the same ``one_forward`` share their
         weight (:class:`OneForward`). A refused call changes nothing.
+
+        Raises:
+            TypeError, ValueError: the input does not fit, or the weight was replaced by one of another shape.
         """
+        try:
+            return self._matmul(x, one_forward)
+        except (TypeError, ValueError) as error:
+            complaint = complaint_of_shape(self)  # which explains it better
+            if complaint is None:
+                raise
+            raise ValueError(complaint) from error
+
+    def _matmul(self, x: Tensor, one_forward: OneForward | None) -> Tensor:
         numbers, matrix, bias = self._numbers(), self.matrix, self.bias
         input_range: Tensor | None = self.input_range
         seed = weight_seed = tile = wmax = None
@@ -377,6 +412,28 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
         vars(self)["_changes_without_clip"] = 0
 
     # ---- Weights ------------------------------------------------------------------------------------------------------
+
+    def resized(self) -> Self:
+        """Make the tiles follow ``weight``, which was replaced by one of another shape; returns this layer.
+
+        A learned clip keeps its values for outputs that were there, and starts from the weight for others. Input ranges stay,
+        unless there are other inputs: then they start anew. Both are new parameters where they change their shape, which an
+        optimizer that exists does not know. Nothing happens to a layer whose weight has the shape of its tiles.
+
+        Raises:
+            ValueError: the bias, the groups or the kernel do not fit the weight. The layer is then unchanged.
+        """
+        _stored_weight(self)
+        follow_shape(self)
+        return self
+
+    def take_shape(self) -> None:
+        """Set the sizes that the torch layer knows to those of ``weight``.
+
+        Raises:
+            ValueError: it cannot have such a weight.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define take_shape")
 
     @torch.no_grad()
     def set_weights(self, weight: Tensor) -> None:
@@ -476,9 +533,41 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
 
     # ---- State --------------------------------------------------------------------------------------------------------
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        follow_or_refuse(self, prefix.rstrip("."))  # a file with tiles of another shape than the weight would not load
+        self._mend_counter()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def get_extra_state(self) -> Tensor:
         """The config as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""
         return encode(self.rpu_config)
+
+    @property
+    def _extra_state(self) -> Tensor:
+        """What a loader that sets tensors one by one finds under the name of the config (:class:`BuffersWithConfig`)."""
+        return self.get_extra_state()
+
+    def take_config(self, state: Tensor) -> None:
+        """:meth:`set_extra_state`, from such a loader. It expects buffers to have memory, and has not all of them to load."""
+        if state.is_meta:  # it has put the config itself elsewhere, onto a disk
+            self._missed_config, self._numbers_of = True, None
+        else:
+            self.set_extra_state(state)
+        device = torch.device("cpu") if state.is_meta else state.device
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                self._buffers[name] = torch.zeros_like(buffer, device=device)
+        if self.weight_noise_seed is not None and self.weight_noise_seed.is_meta:
+            self.weight_noise_seed = draw_seed(device)
+
+    def _complain_of_missed_config(self) -> None:
+        self._missed_config = False
+        warnings.warn(
+            "the config of an analog layer in the checkpoint was offloaded to a disk, unread: the layer goes on with the config "
+            "that it was converted with. Load with load_checkpoint_and_dispatch from triton_analog.integrations.accelerate, "
+            "which reads all configs first",
+            stacklevel=2,
+        )
 
     def set_extra_state(self, state: Any) -> None:
         """Change to the config in ``state``, as :meth:`reconfigure` does.
@@ -487,6 +576,7 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
             ConfigError: ``state`` holds no config, or one that does not fit. The layer is then unchanged.
         """
         self.reconfigure(decode(state, type(self.rpu_config)))
+        self._missed_config = False
 
     def _load_from_state_dict(
         self,
@@ -500,7 +590,11 @@ class AnalogMatrixLayer(RangeStartup, WeightNoise):
     ) -> None:
         # The config comes first: it decides which parameters there are to be filled.
         state = state_dict.get(prefix + "_extra_state")
-        if state is not None:
+        if (
+            type(state).__name__ == "_EXTRA_STATE"
+        ):  # with which torch.distributed.checkpoint says that the file has none
+            del state_dict[prefix + "_extra_state"]
+        elif state is not None:
             try:
                 self.set_extra_state(state)
             except ConfigError as error:

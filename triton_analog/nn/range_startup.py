@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import update_input_range
@@ -45,6 +46,11 @@ class RangeStartup(AnalogLayerBase):
     from fewer batches. (An empty batch does not count, except in a process group, where ranks must agree without asking.)
     :meth:`reset_analog_state` starts anew, and loading a state dict goes on where its slowest slice was.
 
+    What averages models (EMA, SWA) may average the counters too, and rounds those down, whole numbers that they are: a start-up
+    that was over would go on. So the buffer ``x_max``, or in the fast mode, which needs that, ``input_range_residual`` is 1 for a
+    slice whose start-up is over: in an average it is above 0 if any of the averaged models was that far, and then the start-up
+    of the average is over as well. (The residual is not saved: who averages state dicts in the fast mode must copy counters.)
+
     A compiled forward must not change Python state, and the host knows nothing of the tensors that ``functional_call`` hands
     a layer. There the device alone ends the start-up, slice by slice, and the statistics go on being launched; they then read
     nothing but the counter. Transforms of ``torch.func`` cannot change a range in place, so they are refused until the
@@ -61,6 +67,7 @@ class RangeStartup(AnalogLayerBase):
 
     _process_group = _Ranks("world")
     _forwards_seen = 0  # training forwards that the ranges learned from, as the host counts them
+    _counter_version = 0  # of the counters, when they were last changed from here
 
     @property
     def process_group(self) -> Any:
@@ -113,6 +120,10 @@ class RangeStartup(AnalogLayerBase):
         assert self.input_range is not None
         assert self.input_range_update_idx is not None
         range_, group = self.rpu_config.pre_post.input_range, self._statistics_group()
+        if not compiling:
+            self._mend_counter()
+            if self.input_range_residual is not None and self.input_range_residual.device != self.input_range.device:
+                self._reset_residual()  # moved by something that does not know it
         rows = self.tile_rows(x.detach())
         update_input_range(
             rows,
@@ -129,8 +140,40 @@ class RangeStartup(AnalogLayerBase):
             residual=self.input_range_residual,
             process_group=group,
         )
-        if not (compiling or _is_stand_in(self.input_range)) and (rows.numel() > 0 or group is not None):
-            self._forwards_seen += 1
+        if not (compiling or _is_stand_in(self.input_range)):
+            self._counter_version = self.input_range_update_idx._version
+            if rows.numel() > 0 or group is not None:
+                self._forwards_seen += 1
+        if compiling or self._forwards_seen == range_.init_from_data:
+            self._mark_the_end()
+
+    @property
+    def _trace(self) -> Tensor | None:
+        """A buffer that the mode of the start-up does not use: above 0 for slices whose start-up is over."""
+        return self.input_range_residual if self.rpu_config.pre_post.input_range.fast_mode else self.x_max
+
+    @torch.no_grad()
+    def _mark_the_end(self) -> None:
+        """Leave a trace, which averaging does not remove, of the slices whose start-up is over."""
+        counter, trace = self.input_range_update_idx, self._trace
+        if counter is not None and trace is not None and trace.device == counter.device:
+            trace.masked_fill_(counter >= constant(self.rpu_config.pre_post.input_range.init_from_data), 1.0)
+
+    @torch.no_grad()
+    def _mend_counter(self) -> None:
+        """Set the counters of an average to the end where the trace says so, if something else has changed them."""
+        counter, trace = self.input_range_update_idx, self._trace
+        if counter is None or trace is None or counter._version == self._counter_version or counter.is_meta:
+            return
+        over = self.rpu_config.pre_post.input_range.init_from_data
+        counter.masked_fill_((trace > 0) & (counter < over), over)
+        self._counter_version = counter._version
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch's. (A compiled forward cannot mend an average.)"""
+        if mode:
+            self._mend_counter()
+        return super().train(mode)
 
     def _refuse_transforms(self) -> None:
         wanted = self.rpu_config.pre_post.input_range.init_from_data
@@ -174,18 +217,26 @@ class RangeStartup(AnalogLayerBase):
         self.input_range.copy_(values)
         self._forwards_seen = max(self.rpu_config.pre_post.input_range.init_from_data, 0)
         self.input_range_update_idx.fill_(self._forwards_seen)
+        self._counter_version = self.input_range_update_idx._version
         self._reset_residual()
+        self._mark_the_end()
 
     def _convert_counter(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Make the counter of AIHWKIT-Lightning's files one of ours; -inf there is a calibrated range, not to start up."""
         counter = state_dict.get(prefix + "input_range_update_idx")
         if counter is not None and counter.is_floating_point():
             over = self.rpu_config.pre_post.input_range.init_from_data
-            state_dict[prefix + "input_range_update_idx"] = torch.where(counter.isfinite(), counter, over).long()
+            # Rounded, as averages may be a little below a whole number.
+            state_dict[prefix + "input_range_update_idx"] = (
+                torch.where(counter.isfinite(), counter, over).round().long()
+            )
 
     def _continue_loaded_range(self) -> None:
         """Count on from the counter that was loaded: the one time that a device's counter is read."""
         counter = self.input_range_update_idx
+        self._counter_version = -1
+        if type(counter) is Tensor and type(self.x_max) is Tensor:
+            self._mend_counter()
         # Counting too little is harmless (the device knows better), so what has no number to read may be 0.
         readable = type(counter) is Tensor and not counter.is_meta
         self._forwards_seen = int(counter.min()) if counter is not None and readable else 0
@@ -200,3 +251,5 @@ class RangeStartup(AnalogLayerBase):
             residual.zero_()
         else:
             self.input_range_residual = torch.zeros_like(range_)
+        if self.rpu_config.pre_post.input_range.fast_mode and not range_.is_meta:
+            self._mark_the_end()

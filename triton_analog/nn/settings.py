@@ -33,6 +33,8 @@ _NOISE = {
     WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL: "per_channel",
 }
 _SAVED_INPUT = {SavedInput.FULL: "full", SavedInput.INT8: "int8"}
+UNDECAYED = ("input_range", "learnable_weight_clip")
+"""Parameters of a layer that weight decay must leave alone."""
 GAUSSIAN_CLIP = (WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL)
 _PER_CHANNEL_CLIP = (WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, WeightClipType.LEARNABLE_PER_CHANNEL)
 
@@ -137,7 +139,9 @@ def encode(config: TorchInferenceRPUConfig) -> Tensor:
 def decode(state: Any, kind: type[TorchInferenceRPUConfig]) -> TorchInferenceRPUConfig:
     """The config in a ``uint8`` tensor of JSON, also after a cast of the whole state dict to another dtype."""
     try:
-        values = json.loads(bytes(state.detach().to("cpu", torch.uint8).tolist()))
+        state = state.detach().cpu()
+        whole = state.round() if state.is_floating_point() else state  # an average of equals may be a little off
+        values = json.loads(bytes(whole.to(torch.uint8).tolist()))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"extra state: got {type(state).__name__}, which is not a uint8 tensor with the JSON of a config ({error}); "

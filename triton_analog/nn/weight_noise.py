@@ -14,16 +14,12 @@ from triton_analog.calls import Numbers, draw_seed, input_dtype
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import modified_weight
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.frozen_noise import redraw_seeds, watch
 from triton_analog.nn.settings import keeps_noise
 from triton_analog.ops._transforms import is_transforming
 
 TILE_SETTINGS = ("max_input_size", "weight_quantization", "weight_res", "weight_noise", "weight_noise_std", "groups")
 """The numbers that make the tiles' weight."""
-
-
-def redraw_seeds(seeds: Tensor) -> None:
-    """Fill ``seeds`` (int64) anew, from torch's default generator of their device, as single seeds would be one by one."""
-    seeds.random_(0, 2**63 - 1)
 
 
 class _Snapshot:
@@ -47,6 +43,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.drawn_for: _Snapshot | None = None  # the weight that has the noise; None: whatever the next forward finds
+        self.redrawn = False
         self._tile: tuple[Tensor, Tensor] | None = None
         self._made_of: _Snapshot | None = None
         self._made_with: Any = None
@@ -78,11 +75,12 @@ class WeightNoise(AnalogLayerBase):
     ``weight_noise_seed`` (int64 ``[1]`` on the weight's device, or None for noise that is new in every forward) then decides
     the noise, which stays until :meth:`redraw_weight_noise` draws another seed. ``AnalogOptimizer`` calls that after each of
     its steps. In eager mode a training forward also does it when the weight has changed since (its version, which every
-    change in place raises), so that any optimizer will do. It takes ``AnalogOptimizer`` or the call, though,
+    change in place raises), so that any optimizer will do. Noise of a weight that is frozen, as below digital adapters, is drawn
+    anew after each step of any torch optimizer. It takes ``AnalogOptimizer``, ``attach`` or the call, though,
 
-    - for a compiled forward, one that is captured in a CUDA graph and one under a transform of ``torch.func``, which only read
-      the seed (``randomness`` of ``vmap`` is for noise that is drawn in the forward),
-    - for a weight that is frozen,
+    - for a trained weight in a compiled forward, in one that is captured in a CUDA graph and in one under a transform of
+      ``torch.func``, which only read the seed (``randomness`` of ``vmap`` is for noise that is drawn in the forward),
+    - for a frozen weight where the optimizer's step is itself compiled, captured or not one of ``torch.optim.Optimizer``,
     - for a weight that is changed behind autograd's back (``weight.data.add_``, sharded parameters, a captured step that is
       replayed): the layer would go on with the noise, and with the noisy weight, of before.
 
@@ -115,6 +113,22 @@ class WeightNoise(AnalogLayerBase):
         """``weight_noise_seed`` has just been drawn anew, by this layer or by an optimizer."""
         self._kept_noise.drop_tile()
         self._kept_noise.drawn_for = None
+        self._kept_noise.redrawn = True
+
+    def was_redrawn(self) -> bool:
+        """Whether :meth:`note_redraw` was called since this was last asked."""
+        redrawn, self._kept_noise.redrawn = self._kept_noise.redrawn, False
+        return redrawn
+
+    def has_frozen_weight(self) -> bool:
+        """Whether nothing that the weight consists of is trained."""
+        return not any(source.requires_grad for source in self._weight_sources())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles come here."""
+        super().__setstate__(state)
+        if self.weight_noise_seed is not None:
+            watch(self)
 
     def train(self, mode: bool = True) -> Self:
         """As torch's; leaving the training mode also frees the noisy weight."""
@@ -137,7 +151,9 @@ class WeightNoise(AnalogLayerBase):
         self._kept_noise = _Kept()
         if not keeps_noise(self.rpu_config):
             self.weight_noise_seed = None
-        elif self.weight_noise_seed is None or self.weight_noise_seed.device != device:
+            return
+        watch(self)
+        if self.weight_noise_seed is None or self.weight_noise_seed.device != device:
             self.weight_noise_seed = draw_seed(device)
 
     def _weight_sources(self) -> list[Tensor]:

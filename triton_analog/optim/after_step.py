@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from triton_analog.coverage.bypassed import warn_of_gradients
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.frozen_noise import redraw_seeds
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.tied import layers_by_clip
-from triton_analog.nn.weight_noise import WeightNoise, redraw_seeds
+from triton_analog.nn.weight_noise import WeightNoise
 from triton_analog.ops.clip import clip_batches
 from triton_analog.optim.layers import KnownLayers
 from triton_analog.optim.masters import Masters, held
@@ -27,7 +28,8 @@ class AfterStep:
 
     Args:
         layers: All layers.
-        optimizer: Only weights that it steps, as they are or by a master, are clipped; None: all.
+        optimizer: Only weights that it steps, as they are or by a master, are clipped; None: all that are not frozen. (A
+            second clamp would be tighter than the first.)
         masters: Of weights that are clipped in a master, whose values they then take.
     """
 
@@ -65,9 +67,14 @@ class AfterStep:
 
     def _stepped_layers(self, layers: list[AnalogLayerBase]) -> list[AnalogLayerBase]:
         if self._optimizer is None:
-            return layers
+            return [layer for layer in layers if not _is_frozen(layer)]
         is_stepped = stepped_by(self._optimizer, self._masters)
         return [layer for layer in layers if any(map(is_stepped, clipped_with(layer)))]
+
+
+def _is_frozen(layer: AnalogLayerBase) -> bool:
+    parameters = clipped_with(layer)
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def stepped_by(optimizer: Optimizer, masters: Masters | None) -> Callable[[Tensor], bool]:

@@ -10,9 +10,11 @@ from torch.optim import Optimizer
 
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.outside import check_layers
 from triton_analog.optim.after_step import AfterStep, clipped_with, stepped_by
+from triton_analog.optim.decay import WithoutDecay
 from triton_analog.optim.layers import KnownLayers, layers_of
-from triton_analog.optim.masters import Masters, found_masters, given_masters, is_partitioned
+from triton_analog.optim.masters import Masters, found_masters, given_masters, is_partitioned, may_step
 from triton_analog.optim.optimizer import AnalogOptimizer
 
 
@@ -20,7 +22,8 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
     """Do the work of :class:`AnalogOptimizer` after each step of an optimizer that exists already.
 
     For trainers that build their own. After each step those weights of ``model`` that the optimizer steps are clipped, and
-    the weight noise of all its layers is drawn anew where ``modifier.refresh`` makes it last. Steps that a gradient scaler
+    the weight noise of all its layers is drawn anew where ``modifier.refresh`` makes it last. In its steps the optimizer's weight
+    decay leaves input ranges and learned clips alone, as it does not know what they are. Steps that a gradient scaler
     or the accumulation of gradients leaves out count for nothing. A CUDA graph may capture the work together with the step.
 
     Where the optimizer steps copies of the weights in higher precision (master weights), those are clipped and the weights
@@ -38,10 +41,10 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
 
     Raises:
         TypeError: an argument is something else.
-        ValueError: ``model`` has no analog layer; the optimizer steps none of the weights that are to be clipped (or,
-            without a Gaussian clip, no parameter of an analog layer), nor masters of them; it is attached to some of the
-            layers only, or with another ``master``; a ``master`` does not fit; or masters are partitioned (ZeRO stage 3) or
-            cannot be told apart.
+        ValueError: ``model`` has no analog layer; the optimizer steps none of the weights that are to be clipped (or, where
+            there is none, as for a frozen analog base with digital adapters, no parameter of the model), nor masters of them;
+            a layer's weight was replaced by one of another shape; it is attached to some of the layers only, or with another
+            ``master``; a ``master`` does not fit; or masters are partitioned (ZeRO stage 3) or cannot be told apart.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
@@ -50,6 +53,7 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
         raise ValueError(
             f"model: this {type(model).__name__} has no analog layers; convert it first, model = convert_to_analog(model, config)"
         )
+    check_layers(model)
     *around, inner = _unwrap(optimizer)
     before = _attached_before(inner, layers, master)
     if before is not None:
@@ -57,7 +61,8 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
     weights = [weight for layer in layers for weight in clipped_with(layer)]
     to_clip = [weight for layer in layers if _clips(layer) for weight in clipped_with(layer) if weight.requires_grad]
     if master is None:
-        masters = found_masters(to_clip or weights, model.parameters(), inner)
+        trained = [weight for weight in weights if weight.requires_grad]
+        masters = found_masters(to_clip or trained, model.parameters(), inner)
     else:
         masters = given_masters(master, weights, inner)
     if any(map(is_partitioned, to_clip)):
@@ -65,7 +70,7 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
             "model: its weights are partitioned by DeepSpeed's ZeRO stage 3, where no rank has a whole weight to clip; use "
             "stage 1 or 2, or a config without a Gaussian clip (clip.type)"
         )
-    _check_steps(inner, masters, to_clip, layers)
+    _check_steps(inner, masters, to_clip, model)
     attachment = Attachment(model, inner, around[-1] if around else None, masters)
     attachment.start()
     return attachment
@@ -90,6 +95,7 @@ class Attachment:
         """Watch the optimizer's steps."""
         if isinstance(self._optimizer, AnalogOptimizer):
             self._optimizer._own_hook.remove()  # until remove(), one clip is enough
+        self._decay = WithoutDecay(KnownLayers(self.model), self._optimizer)
         self._hook = self._optimizer.register_step_post_hook(self)
         if self._around is not None:
             self._around_step = self._around.step
@@ -100,6 +106,7 @@ class Attachment:
         if self not in _hooks(self._optimizer):
             return
         self._hook.remove()
+        self._decay.remove()
         if isinstance(self._optimizer, AnalogOptimizer):
             self._optimizer._watch_steps()
         if self._around is not None and vars(self._around).get("step") == self._counted_step:
@@ -167,11 +174,13 @@ def _attached_before(optimizer: Optimizer, layers: list[AnalogLayerBase], master
     return None
 
 
-def _check_steps(
-    optimizer: Optimizer, masters: Masters | None, to_clip: list[Tensor], layers: list[AnalogLayerBase]
-) -> None:
-    what = "weights that are to be clipped" if to_clip else "parameters of analog layers"
-    concerned = to_clip or [parameter for layer in layers for parameter in layer.parameters()]
+def _check_steps(optimizer: Optimizer, masters: Masters | None, to_clip: list[Tensor], model: nn.Module) -> None:
+    if to_clip:
+        what, concerned = "weights that are to be clipped", to_clip
+    else:  # there is only noise to draw after its steps, whatever they train
+        what, concerned = "trained parameters of the model", [p for p in model.parameters() if p.requires_grad]
+        if may_step(optimizer, concerned):
+            return
     if not any(map(stepped_by(optimizer, masters), concerned)):
         raise ValueError(
             f"optimizer: {type(optimizer).__name__} steps none of the {len(concerned)} {what}; build it from the "

@@ -89,6 +89,16 @@ def found_masters(
     return _mapped(found) if found else None
 
 
+def may_step(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
+    """Whether ``optimizer`` holds any of ``parameters``, or what may be a master of one."""
+    tensors = held(optimizer)
+    own = {id(tensor) for tensor in tensors}
+    return any(
+        id(parameter) in own or _deepspeed_has(parameter) or any(_may_be_master(other, parameter) for other in tensors)
+        for parameter in parameters
+    )
+
+
 def held(optimizer: Optimizer) -> list[Tensor]:
     """Every parameter in the groups of ``optimizer``."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.optim.after_step import AfterStep
+from triton_analog.optim.decay import decayed
 from triton_analog.optim.layers import KnownLayers, Layers
 
 
@@ -17,13 +19,17 @@ class AnalogOptimizer(Optimizer):
     """``AnalogOptimizer(SGD, model.analog_layers, model.parameters(), lr=0.1)``: an ``SGD`` that clips analog weights.
 
     The result is an instance of the given optimizer class. After each of its steps, the weight of every analog layer is
-    clipped as ``clip_weights()`` does it; a weight that layers share is clipped once for equal clips. Then the noise of the
-    next step is drawn, as ``redraw_weight_noise()`` does it, where ``modifier.refresh`` makes it last. Closures, schedulers,
-    gradient scalers and state dicts work as with the given class; a copy or pickle takes the model along.
+    clipped as ``clip_weights()`` does it, unless it is frozen; a weight that layers share is clipped once for equal clips.
+    Then the noise of the next step is drawn, as ``redraw_weight_noise()`` does it, where ``modifier.refresh`` makes it last.
+    Closures, schedulers, gradient scalers and state dicts work as with the given class; a copy or pickle takes the model
+    along.
 
     This takes a few launches for all layers together and never waits for the device, so that a CUDA graph may capture whole
     steps (``capturable=True`` of the given class). Take a step or more before the capture, as torch asks for anyway: a step
     that is captured before any other clips one weight after the other. A graph keeps the clips that it was captured with.
+
+    Weight decay would pull input ranges and learned clips towards 0, so that a warning says where they decay:
+    :func:`parameter_groups` makes groups in which they do not.
 
     Args:
         optimizer_class: A subclass of ``torch.optim.Optimizer``.
@@ -41,6 +47,7 @@ class AnalogOptimizer(Optimizer):
     _wrapped: type[Optimizer]
     _own_hook: Any
     _after_step: AfterStep
+    _warned_of_decay = False
 
     def __new__(cls, optimizer_class: Any, /, *args: Any, **kwargs: Any) -> AnalogOptimizer:
         return super().__new__(_subclass(_check_class(optimizer_class)))
@@ -53,6 +60,20 @@ class AnalogOptimizer(Optimizer):
     def _watch_steps(self) -> None:
         self._after_step = AfterStep(KnownLayers(self._analog_layers))
         self._own_hook = self.register_step_post_hook(_after_step)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's."""
+        super().add_param_group(param_group)
+        layers = self._analog_layers
+        found = decayed(layers() if callable(layers) else layers, self.param_groups[-1])
+        if found and not self._warned_of_decay:
+            self._warned_of_decay = True
+            warnings.warn(
+                f"weight_decay: {self.param_groups[-1]['weight_decay']} of this {type(self).__name__} pulls {len(found)} input "
+                "range(s) and learned clip(s) towards 0, with a gradient or without; build it from "
+                "triton_analog.optim.parameter_groups(model, weight_decay=...) instead of model.parameters()",
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_analog_layers": self._analog_layers}

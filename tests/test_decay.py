@@ -104,9 +104,9 @@ def test_a_wrong_decay_is_refused(wrong: Any) -> None:
 
 
 def test_a_model_without_anything_to_train_is_refused() -> None:
-    with pytest.raises(ValueError, match="model: this .* has no parameter that requires a gradient"):
+    with pytest.raises(ValueError, match=r"model: this .* has no parameter that requires a gradient"):
         parameter_groups(model().requires_grad_(False), 0.1)
-    with pytest.raises(TypeError, match="model: got list; a torch.nn.Module is needed"):
+    with pytest.raises(TypeError, match=r"model: got list; a torch\.nn\.Module is needed"):
         parameter_groups([], 0.1)  # type: ignore[arg-type]
 
 

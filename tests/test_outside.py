@@ -132,7 +132,7 @@ def test_what_cannot_go_on_names_the_layer_and_the_remedy() -> None:
 
 
 def test_a_wrong_input_is_still_what_is_complained_of() -> None:
-    with pytest.raises(ValueError, match="^x: "):
+    with pytest.raises(ValueError, match=r"^x: "):
         linear()(torch.randn(2, 7))
 
 

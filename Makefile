@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-WORKERS ?= -n auto --dist loadfile
+WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-oldest test-peers test-deepspeed test-models bench bench-ops clean
 .DELETE_ON_ERROR:

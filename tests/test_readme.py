@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand."""
+"""The Python examples of the README and of the pages in docs run as they stand."""
 
 from __future__ import annotations
 
@@ -6,24 +6,36 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text("utf-8"), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+NEEDS = {"export_to_aihwkit": "aihwkit", "peft": "peft", "transformers": "transformers", "accelerate": "accelerate"}
+"""What a block names, and the package that it needs."""
 
 
-def test_the_examples_are_found():
-    assert len(BLOCKS) == 8
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "block", BLOCKS, ids=["basic", "conversion", "calibration", "saving", "attaching", "chip", "aihwkit", "functional"]
+README = dict(
+    zip(
+        ["basic", "conversion", "calibration", "saving", "attaching", "chip", "aihwkit", "functional"],
+        blocks(ROOT / "README.md"),
+        strict=True,
+    )
 )
+PAGES = {f"{page.stem} {i}": block for page in sorted((ROOT / "docs").glob("*.md")) for i, block in enumerate(blocks(page))}
+
+
+@pytest.mark.parametrize("block", [*README.values(), *PAGES.values()], ids=[*README, *PAGES])
 def test_example_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "export_to_aihwkit" in block:
-        pytest.importorskip(
-            "aihwkit", reason="aihwkit is an optional peer: pip install --only-binary :all: --no-deps aihwkit==1.1.0"
-        )
+    if "cuda" in block and not torch.cuda.is_available():
+        pytest.skip("it needs a GPU")
+    for word, package in NEEDS.items():
+        if word in block:
+            pytest.importorskip(package, reason=f"{package} is an optional peer: make test-peers installs it")
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "example", "exec"), names)
     if "loss" in names:
         assert names["loss"] < 1

@@ -24,7 +24,9 @@ README = dict(
         strict=True,
     )
 )
-PAGES = {f"{page.stem} {i}": block for page in sorted((ROOT / "docs").glob("*.md")) for i, block in enumerate(blocks(page))}
+PAGES = {
+    f"{page.stem} {i}": block for page in sorted((ROOT / "docs").glob("*.md")) for i, block in enumerate(blocks(page))
+}
 
 
 @pytest.mark.parametrize("block", [*README.values(), *PAGES.values()], ids=[*README, *PAGES])

@@ -90,6 +90,8 @@ def stack_of(module: nn.Module, name: str) -> Tensor:
 def has_interface(module: nn.Module) -> bool:
     """Whether ``module`` keeps to the interface for experts of transformers: its forward is then known from its attributes,
     which transformers itself uses to exchange it."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose class cannot be asked for its forward
+        return False
     forward: Any = type(module).forward
     said = {"has_gate", "has_bias", "is_transposed"} <= vars(module).keys()
     if not (said and hasattr(forward, "__wrapped__") and hasattr(module, "_apply_gate")) or "forward" in vars(module):

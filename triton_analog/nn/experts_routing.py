@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triton_analog.nn.compilers import outside_of_graphs
 from triton_analog.nn.experts_layout import Layout
 
 Product = Callable[[str, int, Tensor], Tensor]
@@ -27,7 +28,7 @@ class RoutedExperts(nn.Module):
         """The products of one forward."""
         raise NotImplementedError(f"{type(self).__name__} must define products")
 
-    @torch.compiler.disable
+    @outside_of_graphs
     def forward(
         self,
         hidden_states: Tensor,
@@ -88,8 +89,8 @@ class RoutedExperts(nn.Module):
 class BatchedExperts(RoutedExperts):
     """Experts that get as many rows each, expert by expert, as those of Llama 4."""
 
-    @torch.compiler.disable
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    @outside_of_graphs
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """``hidden_states [E * T, H]``, the rows of the first expert first, to the same."""
         rows = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
         return self.of_each(rows.unbind(0))
@@ -98,8 +99,8 @@ class BatchedExperts(RoutedExperts):
 class ParallelExperts(RoutedExperts):
     """One product for each expert, of rows that are sorted by experts, as JetMoe has it."""
 
-    @torch.compiler.disable
-    def forward(self, inputs: Tensor, expert_size: Sequence[int] | Tensor) -> Tensor:
+    @outside_of_graphs
+    def forward(self, inputs: Tensor, expert_size: Sequence[int] | Tensor) -> Tensor:  # type: ignore[override]
         """``inputs [T, K]``, ``expert_size [E]`` rows for each expert, to ``[T, N]``."""
         sizes: Any = expert_size.tolist() if isinstance(expert_size, Tensor) else expert_size
         return self.of_each(inputs.split(sizes))

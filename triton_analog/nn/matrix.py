@@ -18,6 +18,7 @@ from triton_analog.config import (
     effects,
 )
 from triton_analog.functional import modified_weight
+from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.outside import complaint_of_shape
@@ -339,7 +340,7 @@ class AnalogMatrixLayer(SavedState):
         return ", ".join(filter(None, parts))
 
 
-@torch.compiler.assume_constant_result
+@run_while_tracing
 def _note_call(layer: AnalogMatrixLayer) -> None:
     """Compilers run this while they trace; the compiled forward has nothing of it."""
     layer.was_called = True

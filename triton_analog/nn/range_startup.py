@@ -16,6 +16,9 @@ from triton_analog.nn.settings import constant
 from triton_analog.ops._transforms import is_transforming
 from triton_analog.ops.input_range import recomputing
 
+LEAST_TRACE = 2e-5
+"""Above what AIHWKIT-Lightning's files hold in the buffer before any data, 1e-5; below what averaging leaves of a 1."""
+
 
 class _Ranks:
     """Holds the process group of a layer, which copies of the layer share and pickles leave behind."""
@@ -48,8 +51,9 @@ class RangeStartup(AnalogLayerBase):
 
     What averages models (EMA, SWA) may average the counters too, and rounds those down, whole numbers that they are: a start-up
     that was over would go on. So the buffer ``x_max``, or in the fast mode, which needs that, ``input_range_residual`` is 1 for a
-    slice whose start-up is over: in an average it is above 0 if any of the averaged models was that far, and then the start-up
-    of the average is over as well. (The residual is not saved: who averages state dicts in the fast mode must copy counters.)
+    slice whose start-up is over: in an average it is well above 0 if any of the averaged models was that far, and then the
+    start-up of the average is over as well. (The residual is not saved: who averages state dicts in the fast mode must copy
+    counters.)
 
     A compiled forward must not change Python state, and the host knows nothing of the tensors that ``functional_call`` hands
     a layer. There the device alone ends the start-up, slice by slice, and the statistics go on being launched; they then read
@@ -140,11 +144,12 @@ class RangeStartup(AnalogLayerBase):
             residual=self.input_range_residual,
             process_group=group,
         )
-        if not (compiling or _is_stand_in(self.input_range)):
+        host_counts = not (compiling or _is_stand_in(self.input_range))
+        if host_counts:
             self._counter_version = self.input_range_update_idx._version
             if rows.numel() > 0 or group is not None:
                 self._forwards_seen += 1
-        if compiling or self._forwards_seen == range_.init_from_data:
+        if not host_counts or self._forwards_seen == range_.init_from_data:
             self._mark_the_end()
 
     @property
@@ -166,7 +171,7 @@ class RangeStartup(AnalogLayerBase):
         if counter is None or trace is None or counter._version == self._counter_version or counter.is_meta:
             return
         over = self.rpu_config.pre_post.input_range.init_from_data
-        counter.masked_fill_((trace > 0) & (counter < over), over)
+        counter.masked_fill_((trace > LEAST_TRACE) & (counter < over), over)
         self._counter_version = counter._version
 
     def train(self, mode: bool = True) -> Self:

@@ -18,6 +18,7 @@ from triton_analog.config import (
     WeightQuantizationType,
 )
 from triton_analog.functional import Kind
+from triton_analog.nn.compilers import run_while_tracing
 
 STATE_BYTES = 1024
 """Length of the config in a state dict: padded, so that loaders that fill existing tensors find one of the same size."""
@@ -51,7 +52,7 @@ def check_config(rpu_config: Any) -> TorchInferenceRPUConfig:
     return rpu_config
 
 
-@torch.compiler.assume_constant_result
+@run_while_tracing
 def fault(config: TorchInferenceRPUConfig) -> str | None:
     """What is wrong with a config that was changed by hand. Compilers take the answer for a constant: all that they read of the
     config is guarded anyway."""

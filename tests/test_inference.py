@@ -13,7 +13,16 @@ from helpers import needs_interpreter
 from test_nn_experts import analog as stacked_experts
 from torch import Tensor, nn
 
-from triton_analog import TorchInferenceRPUConfig, convert_to_analog, launch
+from triton_analog import (
+    AnalogOptimizer,
+    InputRangeCalibrationType,
+    TorchInferenceRPUConfig,
+    calibrate_input_ranges,
+    convert_to_analog,
+    convert_to_digital,
+    export_to_aihwkit,
+    launch,
+)
 from triton_analog.config import WeightClipType, WeightQuantizationType
 from triton_analog.inference import (
     AdditivePerChannelNoiseModel,
@@ -100,6 +109,23 @@ def test_drift_without_compensation_scales_the_product():
     x = torch.randn(5, 8)
     chip = program(layer, DECAY, compensation="none").drift_to(DAY)
     torch.testing.assert_close(chip(x), layer(x) * ((DAY + 20) / 20) ** -0.1)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("kind", [WeightQuantizationType.DISCRETIZE, WeightQuantizationType.DISCRETIZE_PER_CHANNEL])
+def test_quantized_weights_are_programmed_whole(kind, per_channel):
+    """One step for a whole tile may lift a column's largest weight above what it was."""
+    layer = AnalogLinear(64, 48, bias=False, rpu_config=quantized(kind)).eval()
+    with torch.no_grad():
+        layer.weight *= torch.linspace(0.1, 1, 48)[:, None]
+    x = torch.randn(8, 64)
+    torch.testing.assert_close(program(layer, QUIET, per_channel=per_channel)(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def quantized(kind: WeightQuantizationType) -> TorchInferenceRPUConfig:
+    made = TorchInferenceRPUConfig()
+    made.modifier.quantization_type, made.modifier.res = kind, 30
+    return made
 
 
 def test_times_go_back_and_forth_on_one_chip():
@@ -210,6 +236,28 @@ def test_narrow_dtypes_and_autocast():
     assert off(program(narrow, PCM).drift_to(DAY)(x.bfloat16()).float(), model(x)) < 0.5
 
 
+def test_autocast_leaves_the_chip_as_it_was():
+    chip, x = program(network(), PCM), inputs()
+    before = chip(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = chip(x)
+    assert torch.equal(chip(x), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(chip(x), narrow)
+
+
+def test_a_compiled_model_is_the_same_chip():
+    model, x = network(), inputs()
+    assert torch.equal(program(torch.compile(model, backend="eager"), PCM)(x), program(model, PCM)(x))
+
+
+def test_a_chip_that_was_made_under_inference_mode_works_outside():
+    model, x = network(), inputs()
+    with torch.inference_mode():
+        chip = program(model, PCM).drift_to(1.0)
+    assert torch.equal(chip(x), program(model, PCM).drift_to(1.0)(x))
+
+
 def test_a_chip_has_what_its_model_has():
     model = network()
     model.vocabulary = 7
@@ -251,10 +299,41 @@ def test_a_chip_is_not_trained():
 def test_weights_that_changed_since_are_noticed():
     model = network()
     chip = program(model, PCM)
+    first = [layer.programmed.as_(torch.float32, False)[0] for layer in chip.analog_layers()]
     with torch.no_grad():
-        model[0].weight.mul_(2)
-    with pytest.raises(ValueError, match="the weight of '0' was changed since it was programmed"):
+        model[2].weight.mul_(2)
+    with pytest.raises(ValueError, match="the weight of '2' was changed since it was programmed"):
         chip.drift_to(1.0)
+    after = [layer.programmed.as_(torch.float32, False)[0] for layer in chip.analog_layers()]
+    assert all(a is b for a, b in zip(first, after, strict=True))  # none has moved
+
+
+SHARED = [
+    (lambda chip: chip.bfloat16(), "a chip stays where it was made"),
+    (lambda chip: chip.load_state_dict({}), "a chip loads nothing"),
+    (lambda chip: chip.requires_grad_(False), "its parameters are those of the model"),
+    (
+        lambda chip: calibrate_input_ranges(chip, InputRangeCalibrationType.MAX, [inputs()]),
+        "which calibration would not touch",
+    ),
+    (lambda chip: convert_to_digital(chip), "which a conversion would not touch"),
+    (lambda chip: convert_to_analog(chip, config()), "which a conversion would not touch"),
+    (lambda chip: export_to_aihwkit(chip.model), "which an export would not touch"),
+    (lambda chip: chip.model[0].set_weights(torch.zeros(20, 24)), "which a change of the weight would not touch"),
+    (lambda chip: AnalogOptimizer(torch.optim.SGD, chip.analog_layers, chip.parameters(), lr=0.1), "an optimizer"),
+]
+
+
+@pytest.mark.parametrize(("act", "message"), SHARED, ids=[message for _, message in SHARED])
+def test_what_would_change_the_model_instead_of_the_chip_is_refused(act, message):
+    if "export" in message:
+        pytest.importorskip("aihwkit", reason="aihwkit is an optional peer")
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        act(program(model, PCM))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 BAD = [
@@ -316,6 +395,10 @@ REFUSED = [
     ({"times": ()}, ValueError, "times: none given"),
     ({"times": (1.0, -2.0)}, ValueError, r"time: got -2\.0"),
     ({"seeds": 0}, ValueError, "seeds: got 0"),
+    ({"seeds": 1.5}, ValueError, r"seeds: got 1\.5"),
+    ({"seeds": None}, ValueError, "seeds: got None"),
+    ({"times": 3600.0}, TypeError, r"times: got 3600\.0"),
+    ({"per_channel": "no"}, TypeError, "per_channel: got 'no'"),
     ({"noise_model": ReRamWan2022NoiseModel()}, ValueError, "was measured at"),
     ({"model": nn.Linear(2, 2)}, ValueError, "has no analog layers"),
 ]

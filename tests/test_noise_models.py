@@ -130,6 +130,8 @@ NEGATIVE = [
     (inference.PCMLikeNoiseModel, {"t_0": 0.0}, r"t_0: got 0\.0"),
     (inference.PCMLikeNoiseModel, {"drift_scale": math.inf}, "drift_scale: got inf"),
     (inference.PCMLikeNoiseModel, {"f_lst": ()}, "f_lst: got"),
+    (inference.PCMLikeNoiseModel, {"f_lst": 1.0}, r"f_lst: got 1\.0; several numbers"),
+    (inference.PolynomialNoiseModel, {"prog_coeff": 0.2}, r"prog_coeff: got 0\.2; several numbers"),
     (inference.ReRamCMONoiseModel, {"f_lst": (1.0, 2.0)}, "has one device a cell"),
     (inference.PCMLikeNoiseModel, {"stuck_at_min": 0.6, "stuck_at_max": 0.6}, "more than 1"),
     (inference.HermesNoiseModel, {"num_devices": 3}, "num_devices: got 3; allowed are 1 and 2"),

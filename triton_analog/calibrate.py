@@ -6,17 +6,19 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 import triton_analog.ops as ops
 from triton_analog.config import ConfigError, IOParameters, TorchInferenceRPUConfig
+from triton_analog.config.enums import SpelledEnum
 from triton_analog.hints import names_of
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.programmed import refuse_chips
 from triton_analog.range_statistics import (
     LargestOfBatches,
     MeanOfBatches,
@@ -31,7 +33,7 @@ Layers = dict[str, AnalogMatrixLayer]
 Statistics = dict[str, RangeStatistic]
 
 
-class InputRangeCalibrationType(Enum):
+class InputRangeCalibrationType(SpelledEnum):
     """How :func:`calibrate_input_ranges` finds the range of a slice from the inputs ``x`` that it sees."""
 
     NONE = "None"
@@ -149,6 +151,7 @@ def _analog_layers(model: Any) -> Layers:
     layers = {name: module for name, module in modules.items() if isinstance(module, AnalogMatrixLayer)}
     if not layers:
         raise ValueError("model: it has no analog layer; convert it with convert_to_analog first")
+    refuse_chips(model, "calibration")
     return layers
 
 
@@ -263,6 +266,8 @@ def _with_progress(dataloader: Iterable[Any]) -> Iterable[Any]:
 def _run(model: nn.Module, batch: Any) -> None:
     """Hand ``model`` what it takes of a batch."""
     match batch:
+        case PackedSequence():
+            model(batch)
         case [tuple() | list() as args, Mapping() as kwargs]:
             model(*args, **kwargs)
         case [Tensor(), Mapping()]:

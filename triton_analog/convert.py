@@ -25,6 +25,7 @@ from triton_analog.nn.experts import experts_in
 from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.outside import note_layers
+from triton_analog.nn.programmed import refuse_chips
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.settings import check_config
 from triton_analog.surroundings.adapters import adapter_modules
@@ -152,6 +153,7 @@ def convert_to_analog(
         remedy = "swap the two: convert_to_analog(model, config)" if swapped else "a torch.nn.Module is needed"
         raise TypeError(f"module: got {type(module).__name__}; {remedy}")
     check_config(rpu_config)
+    refuse_chips(module, "a conversion")
     around = obstacle_around(module)
     if around is not None:
         name = module_name or "(root)"
@@ -335,6 +337,7 @@ def convert_to_digital(
         isinstance(conversion_set, set | frozenset) and all(hasattr(kind, "to_digital") for kind in conversion_set)
     ):
         raise TypeError(f"conversion_set: got {conversion_set!r}; a set of analog classes with to_digital is needed")
+    refuse_chips(module, "a conversion")
     if not inplace:
         module = copy.deepcopy(module)
 

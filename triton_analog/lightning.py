@@ -58,22 +58,25 @@ MODULES: dict[str, dict[str, Any]] = {
     "inference.calibration": _CALIBRATION,
     "inference.calibration.calibration": _CALIBRATION,
     "nn.conversion": _CONVERSION
+    | _of(nn, "AnalogLayerBase")
     | _of(nn, "AnalogWrapper", "AnalogLinear", "AnalogConv1d", "AnalogConv2d", "AnalogConv3d", "AnalogSequential", "AnalogRNN")
     | {
         "specific_rpu_config_id": specific_rpu_config_id, "TorchInferenceRPUConfig": config.TorchInferenceRPUConfig,
         "_DEFAULT_CONVERSION_MAP": convert.CONVERSION_MAP,
     },
-    "nn.export": _of(aihwkit_bridge, "export_to_aihwkit", base_aihwkit_rpu_config=base_aihwkit_rpu_config),
+    "nn.export": _of(aihwkit_bridge, "export_to_aihwkit", base_aihwkit_rpu_config=base_aihwkit_rpu_config)
+    | _of(convert, "convert_to_digital"),
     "nn.modules": {},
     "nn.modules.base": _of(nn, "AnalogLayerBase"),
     "nn.modules.container": _of(nn, "AnalogSequential", "AnalogWrapper", AnalogContainerBase=AnalogContainerBase),
     "nn.modules.conv": _of(nn, "AnalogConv1d", "AnalogConv2d", "AnalogConv3d"),
-    "nn.modules.linear": _of(nn, "AnalogLinear"),
+    "nn.modules.linear": _of(nn, "AnalogLinear") | _of(config, "TorchInferenceRPUConfig"),
     "nn.modules.rnn": {},
     "nn.modules.rnn.cells": _of(nn, *_CELLS, "LSTMState"),
-    "nn.modules.rnn.layers": _of(rnn_layers, "AnalogBidirRNNLayer", "AnalogRNNLayer", "AnalogReverseRNNLayer"),
+    "nn.modules.rnn.layers": _of(rnn_layers, "AnalogBidirRNNLayer", "AnalogRNNLayer", "AnalogReverseRNNLayer")
+    | _of(nn, "LSTMState"),
     "nn.modules.rnn.rnn": _of(nn, "AnalogRNN", ModularRNN=rnn_layers.ModularRNN),
-    "optim.analog_optimizer": _of(optim, "AnalogOptimizer"),
+    "optim.analog_optimizer": _of(optim, "AnalogOptimizer") | _of(nn, "AnalogLayerBase"),
     "simulator": {},
     "simulator.configs": _of(config, "TorchInferenceRPUConfig", *_PARAMETERS, *_ENUMS),
     "simulator.configs.configs": _of(config, "TorchInferenceRPUConfig", *_PARAMETERS),

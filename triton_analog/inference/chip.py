@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 import triton_analog.ops as ops
 from triton_analog.functional import modified_weight
+from triton_analog.hints import did_you_mean
 from triton_analog.inference.compensation import COMPENSATIONS, Compensation, readout, scale_slices
 from triton_analog.inference.noise_models import NoiseModel
 from triton_analog.nn.base import named_analog_layers
@@ -48,11 +49,13 @@ def program(
         TypeError: an argument is something else.
         ValueError: ``model`` has no analog layers, is a chip already, or holds weights that a process has a part of only.
     """
-    check_programmable(model, noise_model, seed, compensation)
+    check_programmable(model, noise_model, seed, compensation, per_channel)
     return Chip(model, noise_model, seed, compensation, per_channel)
 
 
-def check_programmable(model: nn.Module, noise_model: NoiseModel, seed: int, compensation: str) -> None:
+def check_programmable(
+    model: nn.Module, noise_model: NoiseModel, seed: int, compensation: str, per_channel: bool
+) -> None:
     """:func:`program` will take its arguments.
 
     Raises:
@@ -67,7 +70,10 @@ def check_programmable(model: nn.Module, noise_model: NoiseModel, seed: int, com
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed: got {seed!r}; an int is needed")
     if compensation not in COMPENSATIONS:
-        raise ValueError(f"compensation: got {compensation!r}; allowed are {', '.join(map(repr, COMPENSATIONS))}")
+        near = did_you_mean(str(compensation), COMPENSATIONS, "", lead="; ")
+        raise ValueError(f"compensation: got {compensation!r}; allowed are {', '.join(map(repr, COMPENSATIONS))}{near}")
+    if not isinstance(per_channel, bool):
+        raise TypeError(f"per_channel: got {per_channel!r}; True or False is needed")
     layers = dict(_layers(model))
     if not layers:
         raise ValueError(
@@ -102,12 +108,12 @@ class Chip(nn.Module):
         self.training = False
         self._cells: list[_Cells] = []
         known: dict[Any, _Cells] = {}
-        for name, layer in _layers(self.model):
+        for number, (name, layer) in enumerate(_layers(self.model)):
             source = layer.weight_source
             shared = id(layer) if source is None else (id(source), layer.weight_index)
             key = shared, str(layer.rpu_config.to_dict())
             if key not in known:
-                known[key] = _Cells(name, layer, seed, compensation, per_channel)
+                known[key] = _Cells(name, number, layer, seed, compensation, per_channel)
                 self._cells.append(known[key])
             layer.programmed = known[key].tile
         self._set(None)
@@ -136,7 +142,30 @@ class Chip(nn.Module):
             )
         return super().train(False)
 
-    @torch.no_grad()
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Called by ``to``, ``cuda``, ``half`` and their like.
+
+        Raises:
+            ValueError: always, as parameters are those of the model.
+        """
+        raise ValueError("a chip stays where it was made, in its dtype: move or cast the model, and program that")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as parameters are those of the model.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("state_dict: a chip loads nothing; load into the model that it was made of, and program that")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Refused, as parameters are those of the model.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("requires_grad: a chip is for evaluation, and its parameters are those of the model")
+
     def drift_to(self, time: float) -> Self:
         """Let ``time`` seconds pass since the end of programming, and read. Times may come in any order, and one that
         was there before gives the same numbers again. Returns the chip.
@@ -149,8 +178,11 @@ class Chip(nn.Module):
         self._set(float(time))
         return self
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _set(self, time: float | None) -> None:
+        for cells in self._cells:  # all of them before any is changed
+            cells.check()
         arguments = self.noise_model.at(time)
         curves: dict[torch.device, Tensor] = {}
         host = arguments.pop("curves")
@@ -166,7 +198,7 @@ class _Cells:
     """The cells of one weight: what they should hold, and the tile that shows what they do."""
 
     def __init__(
-        self, name: str, layer: AnalogMatrixLayer, seed: int, compensation: Compensation, per_channel: bool
+        self, name: str, number: int, layer: AnalogMatrixLayer, seed: int, compensation: Compensation, per_channel: bool
     ) -> None:
         self.name, self.compensation = name, compensation
         self._source = layer.weight_source
@@ -180,11 +212,12 @@ class _Cells:
         )
         # The parameter itself where that will do: no copy of it, as long as nothing changes it.
         self.wanted = layer.matrix.detach() if as_stored and self._source is not None else wanted
-        self.scale = self.wmax
+        self.scale = ops.absmax(self.wanted, len(self.wmax))  # rounding may have lifted a weight above wmax
         if not per_channel:
-            groups = self.wmax.unflatten(1, (layer.groups, -1))
+            groups = self.scale.unflatten(1, (layer.groups, -1))
             self.scale = groups.amax(2, keepdim=True).expand_as(groups).flatten(1)
-        words = blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+        # By its place among the layers: names change when a model is wrapped or compiled.
+        words = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
         self.seed = torch.tensor([int.from_bytes(words, "little") >> 1], dtype=torch.int64, device=self.wmax.device)
         self.tile = ProgrammedTile()
         self.baseline: Tensor | None = None
@@ -198,12 +231,19 @@ class _Cells:
         if self._source is not None:
             self._version += self._source._version
 
-    def set(self, curves: Tensor, arguments: dict[str, Any], first: bool) -> None:
-        """Make the tile anew; ``first`` right after programming."""
+    def check(self) -> None:
+        """The weight is what it was when it was programmed.
+
+        Raises:
+            ValueError: it was changed.
+        """
         if self._source is not None and self._source._version != self._version:
             raise ValueError(
                 f"time: the weight of {self.name!r} was changed since it was programmed; program the model again"
             )
+
+    def set(self, curves: Tensor, arguments: dict[str, Any], first: bool) -> None:
+        """Make the tile anew; ``first`` right after programming."""
         self.tile.drop()  # before the next one is made: only one at a time
         tile, wmax = ops.program(self.wanted, self.scale, self.seed, curves, **arguments), self.wmax
         if self.compensation != "none":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Any
@@ -109,15 +110,15 @@ def evaluate(
         TypeError: ``metric`` gives no number, or an argument is something else.
         ValueError: ``model`` has no analog layers, or a time is not one that ``noise_model`` knows. Both before anything runs.
     """
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else tuple(seeds)  # type: ignore[arg-type]
-    if not chosen or not all(isinstance(seed, int) for seed in chosen):
-        raise ValueError(f"seeds: got {seeds!r}; a number of chips >= 1, or their seeds, are needed")
+    chosen = _seeds(seeds)
+    if isinstance(times, str) or not isinstance(times, Iterable):
+        raise TypeError(f"times: got {times!r}; several numbers of seconds are needed, such as (1.0, 3600.0)")
     times = tuple(times)
     if not times:
         raise ValueError("times: none given; seconds since the end of programming are needed")
     if not callable(metric):
         raise TypeError(f"metric: got {type(metric).__name__}; a function of a model that gives a number is needed")
-    check_programmable(model, noise_model, chosen[0], compensation)
+    check_programmable(model, noise_model, chosen[0], compensation, per_channel)
     for time in times:
         noise_model.check_time(time)
     ideal = _ideal(model, metric)
@@ -133,6 +134,19 @@ def evaluate(
             values.append(tuple(found))
     name = getattr(metric, "__name__", type(metric).__name__)
     return Evaluation(name, repr(noise_model), ideal, tuple(map(float, times)), chosen, tuple(values))
+
+
+def _seeds(seeds: Any) -> tuple[int, ...]:
+    """The seeds of so many chips, or those that were given.
+
+    Raises:
+        ValueError: something else, or none.
+    """
+    given = range(seeds) if isinstance(seeds, Integral) and not isinstance(seeds, bool) else seeds
+    chosen = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
+    if not chosen or not all(isinstance(seed, Integral) and not isinstance(seed, bool) for seed in chosen):
+        raise ValueError(f"seeds: got {seeds!r}; a number of chips >= 1, or their seeds, are needed")
+    return tuple(map(int, chosen))
 
 
 def _progress(steps: int, shown: bool) -> Any:
@@ -171,7 +185,6 @@ def _number(metric: Metric, model: Chip | nn.Module) -> float:
         found = metric(model)
     if isinstance(found, Tensor) and found.numel() == 1:
         found = found.item()
-    is_number = isinstance(found, int | float) or (hasattr(found, "__float__") and not isinstance(found, Tensor))
-    if isinstance(found, bool) or not is_number:
+    if isinstance(found, bool) or not isinstance(found, Real):
         raise TypeError(f"metric: it gave {found!r}; one number is needed, such as an accuracy")
     return float(found)

@@ -6,8 +6,10 @@ A model is a few laws of the relative conductance ``r = g / g_max``; conductance
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import inf, isfinite, log, log2, sqrt
+from numbers import Real
 from statistics import NormalDist
 from struct import pack, unpack
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ from torch import Tensor
 from triton_analog.inference.curves import interpolated, knots, logarithmic, polynomial
 
 DAY = 86400.0
+MOST_SECONDS = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,13 @@ class NoiseModel(ABC):
         for f in fields(self):
             if f.type in ("float", float):
                 value = getattr(self, f.name)
-                ok = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= 0
+                ok = isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < inf
                 self._require(ok, f.name, "a finite number >= 0 is needed")
+            elif "tuple" in str(f.type):
+                value = getattr(self, f.name)
+                ok = isinstance(value, Sequence) and all(isinstance(x, Real) and not isinstance(x, bool) for x in value)
+                self._require(ok, f.name, "several numbers are needed, such as (0.2,)")
+                object.__setattr__(self, f.name, tuple(map(float, value)))
         self._require(self.g_min < self.g_max, "g_min", f"it must be below g_max, {self.g_max}")
         self._require(self.t_0 > 0 and self.t_read > 0, "t_0" if self.t_0 <= 0 else "t_read", "it must be > 0 seconds")
         self._require(
@@ -130,7 +138,9 @@ class NoiseModel(ABC):
         Raises:
             ValueError: it is before the end of programming, not finite, or not one of :attr:`times`.
         """
-        if not (isinstance(time, int | float) and not isinstance(time, bool) and isfinite(time) and time >= 0):
+        is_number = isinstance(time, Real) and not isinstance(time, bool)
+        ok = is_number and 0 <= time < MOST_SECONDS
+        if not ok:
             raise ValueError(f"time: got {time!r}; seconds since the end of programming are needed, >= 0")
         if self.times and time not in self.times:
             raise ValueError(

@@ -16,6 +16,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+from triton_analog.hints import did_you_mean
+
 Backend = Literal["kernel", "reference"]
 
 _forced: Backend | None = None
@@ -33,7 +35,8 @@ def backend(name: Backend) -> Iterator[None]:
     """
     global _forced
     if name not in ("kernel", "reference"):
-        raise ValueError(f"backend: got {name!r}; allowed are 'kernel' and 'reference'")
+        near = did_you_mean(str(name), ("kernel", "reference"), "", lead="; ")
+        raise ValueError(f"backend: got {name!r}; allowed are 'kernel' and 'reference'{near}")
     previous, _forced = _forced, name
     try:
         yield

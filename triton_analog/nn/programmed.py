@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, dtype
+from torch import Tensor, dtype, nn
 
 
 class ProgrammedTile:
@@ -11,14 +11,15 @@ class ProgrammedTile:
     def __init__(self) -> None:
         self._tile: Tensor | None = None
         self._wmax: Tensor | None = None
+        self._cast: Tensor | None = None
 
     def fill(self, tile: Tensor, wmax: Tensor) -> None:
         """Hold ``tile [N, K]`` and ``wmax [S, N]``."""
-        self._tile, self._wmax = tile, wmax
+        self._tile, self._wmax, self._cast = tile, wmax, None
 
     def drop(self) -> None:
         """Hold nothing, until the next :meth:`fill`."""
-        self._tile = self._wmax = None
+        self._tile = self._wmax = self._cast = None
 
     def as_(self, kind: dtype, training: bool) -> tuple[Tensor, Tensor]:
         """Tile and scale for inputs of dtype ``kind``.
@@ -30,6 +31,20 @@ class ProgrammedTile:
             raise ValueError("training: a layer on a simulated chip only evaluates; call eval()")
         assert self._tile is not None
         assert self._wmax is not None
-        if self._tile.dtype != kind:
-            self._tile = self._tile.to(kind)
-        return self._tile, self._wmax
+        if self._tile.dtype == kind:
+            return self._tile, self._wmax
+        if self._cast is None or self._cast.dtype != kind:  # as under autocast
+            self._cast = self._tile.to(kind)
+        return self._cast, self._wmax
+
+
+def refuse_chips(model: nn.Module, what: str) -> None:
+    """No layer of ``model`` is on a simulated chip, which shares its parameters with the model that it was made of.
+
+    Raises:
+        ValueError: one is. The message says that ``what`` is not done.
+    """
+    if any(getattr(module, "programmed", None) is not None for module in model.modules()):
+        raise ValueError(
+            f"model: it is on a simulated chip, which {what} would not touch, but the model that it was made of; take that model"
+        )

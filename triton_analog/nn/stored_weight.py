@@ -15,6 +15,7 @@ from triton_analog.config import TorchInferenceRPUConfig, WeightClipType
 from triton_analog.functional import modified_weight
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.outside import follow_shape
+from triton_analog.nn.programmed import refuse_chips
 from triton_analog.nn.settings import GAUSSIAN_CLIP, QUANTIZATION
 from triton_analog.reference import num_slices, split_sizes
 
@@ -227,6 +228,7 @@ def stored_weight(module: nn.Module) -> Tensor:
     Raises:
         ValueError: it has none, as a hook or parametrization computes the weight: a change of that would be lost.
     """
+    refuse_chips(module, "a change of the weight")
     weight = module.weight_source if isinstance(module, StoredWeight) else module._parameters.get("weight")
     if weight is None:
         raise ValueError(

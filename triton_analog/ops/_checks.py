@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from triton_analog.hints import did_you_mean
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import MAX_STEPS
 
@@ -122,7 +123,12 @@ def non_negative(name: str, value: float) -> None:
 
 
 def kind(name: str, value: str) -> None:
-    require(value in KINDS, lambda: f"{name}: got {value!r}; allowed are {', '.join(map(repr, KINDS))}")
+    require(
+        value in KINDS,
+        lambda: (
+            f"{name}: got {value!r}; allowed are {', '.join(map(repr, KINDS))}{did_you_mean(str(value), KINDS, '', lead='; ')}"
+        ),
+    )
 
 
 def seed_given(seed: Tensor | None, needed: bool, what: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from triton_analog.nn.base import AnalogLayerBase, named_analog_layers
+from triton_analog.nn.programmed import refuse_chips
 
 Layers = Callable[[], Iterable[AnalogLayerBase]] | list[AnalogLayerBase]
 
@@ -42,7 +43,12 @@ class KnownLayers:
 
 
 def layers_of(model: nn.Module) -> list[AnalogLayerBase]:
-    """Every analog layer at or below ``model``."""
+    """Every analog layer at or below ``model``.
+
+    Raises:
+        ValueError: it is on a simulated chip, whose layers are not trained.
+    """
+    refuse_chips(model, "an optimizer")
     return [layer for _, layer in named_analog_layers(model)]
 
 

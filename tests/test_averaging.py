@@ -115,6 +115,20 @@ def test_the_start_up_of_an_average_is_over_with_that_of_the_model(kind: str, la
     assert not goes_on(restore_analog(digital(), saved))
 
 
+def test_an_average_of_floating_point_numbers_alone_does_not_start_up_either() -> None:
+    net = model()
+    average = copy.deepcopy(net).eval()
+    own = average.state_dict()
+
+    def update() -> None:
+        for name, value in net.state_dict().items():
+            if value.is_floating_point():
+                own[name].mul_(0.9).add_(value, alpha=0.1)
+
+    train(net, BATCHES + 3, update)
+    assert not goes_on(average)
+
+
 def test_the_ranges_are_averaged_as_weights_are() -> None:
     net = model()
     train(net, BATCHES)

@@ -85,6 +85,26 @@ def test_one_warning_names_every_weight_that_is_not_on_tiles_and_the_share_that_
     assert "exclude_modules" in text
 
 
+class NormalizedLinear(nn.Module):
+    def __init__(self, **parameters: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in parameters.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+
+@pytest.mark.parametrize(
+    "name", ["weight", "token_mixing", "embed_proj", "pos_proj", "scale_proj", "cls_head", "mask_conv"]
+)
+def test_names_that_begin_like_a_table_are_matrices(name: str) -> None:
+    (text,) = said(lambda: convert_to_analog(nn.Sequential(NormalizedLinear(**{name: (6, 6)})), noisy()))
+    assert f"NormalizedLinear computes with its own {name}" in text
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "cls_token", "relative_position_bias_table", "rel_pos_emb", "A_log"])
+def test_names_that_end_like_a_table_are_none(name: str) -> None:
+    assert said(lambda: convert_to_analog(nn.Sequential(NormalizedLinear(**{name: (6, 6)})), noisy())) == []
+
+
 def test_many_modules_of_one_kind_take_one_place() -> None:
     blocks = nn.ModuleDict({"blocks": nn.Sequential(*(Own() for _ in range(9)))})
     (text,) = said(lambda: convert_to_analog(blocks, noisy()))
@@ -174,6 +194,24 @@ def test_the_first_training_forward_names_layers_whose_weight_their_parent_reads
     assert said(lambda: (optimizer.step(), model(X))) == [], "it is said once"
 
 
+class ReadInTraining(nn.Module):
+    """Calls its head in evaluation, and multiplies with its weight itself in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.head.weight) if self.training else self.head(x)
+
+
+def test_a_call_in_evaluation_is_none_in_training() -> None:
+    model = converted(nn.Sequential(ReadInTraining())).eval()
+    model(X)
+    (text,) = said(lambda: model.train()(X).sum().backward())
+    assert "called: 0.head." in text
+
+
 def test_layers_that_a_step_leaves_out_are_not_named() -> None:
     model = converted(nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}))
     model.forward = lambda x: model["a"](x)
@@ -246,6 +284,17 @@ def test_a_sample_finds_them_at_once_and_leaves_the_model_as_it_was(sample: Any)
     assert [m.training for m in model.modules()] == modes
     assert [type(m) for m in model.modules()] == classes
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_a_sample_has_found_is_not_said_again_in_training() -> None:
+    model = None
+
+    def convert() -> None:
+        nonlocal model
+        model = convert_to_analog(Net(), noisy(), check=X)
+
+    assert len([text for text in said(convert) if text.startswith("check: ")]) == 1
+    assert said(lambda: model.train()(X)["logits"].sum().backward()) == []  # type: ignore[union-attr]
 
 
 def test_a_sample_that_all_layers_see_is_silent() -> None:

@@ -32,7 +32,7 @@ from triton_analog.config import (
 )
 from triton_analog.convert import CONVERSION_MAP
 from triton_analog.nn import AnalogExperts, AnalogLinear
-from triton_analog.optim import attach
+from triton_analog.optim import attach, parameter_groups
 
 E, H, INNER = 4, 6, 5
 
@@ -179,6 +179,32 @@ def test_an_expert_without_rows_leaves_its_ranges_alone_and_starts_up_later() ->
     model(X[:2], torch.tensor([[2, 0], [2, 1]]))
     assert dead.input_range_update_idx.eq(1).all()
     assert not dead.input_range.eq(dead.rpu_config.pre_post.input_range.init_value).any()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_stacked_parameters_may_be_computed() -> None:
+    """Adapters of experts (PEFT's ``target_parameters``) are parametrizations."""
+    net = analog(TorchInferenceRPUConfig())
+    expected = copy.deepcopy(net)
+    with torch.no_grad():
+        expected.experts.down_proj.mul_(2)
+    torch.nn.utils.parametrize.register_parametrization(net.experts, "down_proj", Doubled())
+    torch.testing.assert_close(net(X), expected(X))
+    net(X).sum().backward()
+    assert net.experts.parametrizations.down_proj.original.grad.abs().sum() > 0
+
+
+def test_stacked_biases_do_not_decay() -> None:
+    net = analog(TorchInferenceRPUConfig(), bias=True)
+    decayed, others = parameter_groups(net, 0.1)
+    stacked = {id(p) for name, p in net.named_parameters() if name.endswith("bias")}
+    assert stacked
+    assert stacked.isdisjoint(map(id, decayed["params"]))
+    assert stacked <= set(map(id, others["params"]))
 
 
 def test_indices_that_are_no_experts_count_for_nothing_and_no_rows_give_none() -> None:

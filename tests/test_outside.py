@@ -173,6 +173,13 @@ def test_a_layer_that_became_digital_is_noticed_once(look: Any) -> None:
     assert isinstance(again[1][0], AnalogLinear)
 
 
+def test_analog_optimizer_notices_it_too() -> None:
+    net = model()
+    net[1][0] = nn.Linear(8, 4)
+    with pytest.warns(UserWarning, match=LOST):
+        AnalogOptimizer(SGD, net.analog_layers, net.parameters(), lr=0.1)
+
+
 def test_an_optimizer_of_the_whole_model_notices_it_below_too() -> None:
     net = nn.ModuleDict({"net": model()})
     net["net"][1][0] = nn.Linear(8, 4)

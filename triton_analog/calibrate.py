@@ -318,7 +318,11 @@ def _warn_of_others(every_layer: Layers, layers: Layers, ranges: dict[str, Tenso
     unseen = [name for name in layers if name not in ranges]
     dynamic = [name for name in every_layer if name not in layers]
     for names, why in (
-        (unseen, "no data but zeros reached these; give data that does, or leave them digital with exclude_modules"),
+        (
+            unseen,
+            "no data but zeros reached these; give data that does. If their parents read the weights instead of calling them, "
+            "leave them digital with exclude_modules",
+        ),
         (dynamic, "pre_post.input_range.dynamic is True, so that their ranges come from each row"),
     ):
         if names:

@@ -203,8 +203,9 @@ def convert_to_analog(
     coverage = measure(module, module_name, map(itemgetter(1), layers), dict(left), excluded)
     if coverage.digital:
         warnings.warn(_describe(coverage), stacklevel=2)
+    read_by_parents: list[str] = []
     if check is not None:
-        check_calls(module, {name: layer for name, layer in layers if id(layer) in configs}, check)
+        read_by_parents = check_calls(module, {name: layer for name, layer in layers if id(layer) in configs}, check)
     if of_adapters:
         warnings.warn(
             f"convert_to_analog left {len(of_adapters)} layer(s) of PEFT's adapters digital, such as {of_adapters[0]}; pass "
@@ -213,6 +214,9 @@ def convert_to_analog(
         )
     root = replace_modules(module, module_name, convert, {})
     set_fast_paths(root)
+    for name, below in root.named_modules(prefix=module_name):
+        if name in read_by_parents:
+            below.was_called = True  # nothing to say twice
     watch_first_forward(root)
     note_layers(root)
     return AnalogWrapper(root) if ensure_analog_root else root

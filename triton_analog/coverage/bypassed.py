@@ -119,13 +119,16 @@ def _warn(found: list[_Bypassed]) -> None:
 # ---- With a sample ------------------------------------------------------------------------------------------------------
 
 
-def check_calls(model: nn.Module, layers: Mapping[str, nn.Module], sample: Any) -> None:
+def check_calls(model: nn.Module, layers: Mapping[str, nn.Module], sample: Any) -> list[str]:
     """Run ``model`` on ``sample`` in evaluation mode, without gradients, and warn of ``layers`` that it does not call.
 
     Args:
         model: Digital or analog; modes and parameters are as before afterwards.
         layers: By the names to use.
         sample: A tensor; a tuple or list of positional arguments; a mapping of keyword arguments; or ``(args, kwargs)``.
+
+    Returns:
+        The names of those whose weights were read instead.
 
     Raises:
         TypeError: ``sample`` is something else.
@@ -161,6 +164,7 @@ def check_calls(model: nn.Module, layers: Mapping[str, nn.Module], sample: Any) 
         parts.append(f"this sample did not reach {len(missed)} layer(s), of which nothing is known: {names_of(missed)}")
     if parts:
         warnings.warn(f"check: {'. '.join(parts)}.", stacklevel=3)
+    return taken
 
 
 def _with_parents(model: nn.Module, layers: Mapping[str, nn.Module], names: Iterable[str]) -> list[str]:

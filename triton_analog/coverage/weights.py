@@ -17,10 +17,13 @@ from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.surroundings.obstacles import ADD_THE_CLASS, Obstacle
 
 _TABLE = re.compile(
-    r"(^|_)(pos|position|positions|positional|pe|rpb|embed|embeds|embedding|embeddings|token|tokens|cls|table|prompt|prompts|"
-    r"bias|norm|scale|gamma|beta|alpha|mask|log)(_|$)"
+    r"(^|_)(pos|position|positions|pe|rpb|emb|embed|embeds|embedding|embeddings|encoding|token|tokens|cls|table|prompt|prompts|"
+    r"bias|norm|scale|gamma|beta|alpha|mask|log)(_?\d+)?$"
 )
-"""Names of parameters that are looked up, added or multiplied element by element."""
+"""How names of parameters end that are looked up, added or multiplied element by element."""
+_NORM = re.compile(r"Norm(\dd|Nd)?$")
+_EMBEDDING = re.compile(r"(Word|Token|Vocab|Position)\w*Embeddings?$")
+"""Classes, beside torch's own, whose weights are looked up."""
 
 
 class DigitalWeights(NamedTuple):
@@ -83,8 +86,8 @@ def _multiplies(module: nn.Module, name: str, shape: torch.Size) -> bool:
         return not _TABLE.search(name)
     is_table = len(shape) > 2 and shape[0] == 1  # added to every sample of a batch
     is_vector = sum(size > 1 for size in shape) < 2
-    is_digital = isinstance(module, nn.EmbeddingBag | nn.Embedding) or "Norm" in kind
-    is_embedding = name == "weight" and "Embedding" in kind
+    is_digital = isinstance(module, nn.EmbeddingBag | nn.Embedding) or _NORM.search(kind)
+    is_embedding = name == "weight" and _EMBEDDING.search(kind)
     return not (is_table or is_vector or is_digital or is_embedding or _TABLE.search(name.lower()))
 
 

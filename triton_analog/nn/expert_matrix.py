@@ -50,7 +50,7 @@ class AnalogExpertMatrix(AnalogMatrixLayer):
     def _part(self, name: str) -> Any:
         if self._given is not None:
             return self._given.get(name)
-        whole = self._owner._parameters.get(name)
+        whole = getattr(self._owner, name, None)
         return None if whole is None else whole[self.weight_index]
 
     @property

@@ -89,7 +89,8 @@ class AnalogExperts(RoutedExperts, Derived, AnalogContainerBase):
         """The products of a forward. The parts of the parameters are cut out once: their gradients are then one each."""
         given: dict[str, list[dict[str, Tensor]]] = {}
         for stack in self.tiles:
-            whole = {name: self._parameters.get(name) for name in (stack, f"{stack}_bias")}
+            # Perhaps computed by a parametrization, as adapters of experts are.
+            whole = {name: getattr(self, name, None) for name in (stack, f"{stack}_bias")}
             parts = {name: parameter.unbind(0) for name, parameter in whole.items() if parameter is not None}
             given[stack] = [dict(zip(parts, own, strict=True)) for own in zip(*parts.values(), strict=True)]
         tiles: Any = self.tiles

@@ -89,7 +89,7 @@ class AnalogMatrixLayer(SavedState):
     """The config that they are of, and how many changes of configs there had been."""
 
     was_called = False
-    """Whether a forward of this layer has run, or was compiled. A layer that never is computes nothing."""
+    """Whether a training forward of this layer has run, or was compiled. A layer that never is computes nothing."""
 
     # ---- Construction -------------------------------------------------------------------------------------------------
 
@@ -232,7 +232,8 @@ class AnalogMatrixLayer(SavedState):
     def _numbers(self) -> Numbers:
         """The config as ``analog_linear`` takes it, checked again whenever it has changed."""
         if torch.compiler.is_compiling():  # only reads the config: what is read is guarded
-            _note_call(self)
+            if self.training:
+                _note_call(self)
             wrong = fault(self.rpu_config)
             if wrong is not None:
                 raise ConfigError(wrong)
@@ -256,7 +257,6 @@ class AnalogMatrixLayer(SavedState):
                 if "analog_matmul" not in vars(self):
                     effects.warn_of([self.rpu_config], self._told)
                 self._checked = copy.deepcopy(self.rpu_config)
-                self.was_called = True
                 known = settings(self.rpu_config)
                 self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
             self._numbers_of = self.rpu_config, now
@@ -286,6 +286,8 @@ class AnalogMatrixLayer(SavedState):
 
     def _matmul(self, x: Tensor, one_forward: OneForward | None) -> Tensor:
         numbers, matrix, bias = self._numbers(), self.matrix, self.bias
+        if numbers.training and not self.was_called:
+            vars(self)["was_called"] = True
         input_range: Tensor | None = self.input_range
         seed = weight_seed = tile = wmax = None
         if self.programmed is not None:

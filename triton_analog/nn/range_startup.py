@@ -176,7 +176,8 @@ class RangeStartup(AnalogLayerBase):
 
     def train(self, mode: bool = True) -> Self:
         """As torch's. (A compiled forward cannot mend an average.)"""
-        if mode:
+        if mode and not self.training:
+            self._counter_version = -1  # what averages numbers but no counters leaves those as they were
             self._mend_counter()
         return super().train(mode)
 

@@ -48,7 +48,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             marked = name in exempt or any(getattr(parameter, mark, False) for mark in _MARKS)
-            (others if marked or parameter.ndim < 2 else decayed).append(parameter)
+            is_vector = parameter.ndim < 2 or name.endswith("bias")  # biases of experts are stacked
+            (others if marked or is_vector else decayed).append(parameter)
     if not decayed and not others:
         raise ValueError(f"model: this {type(model).__name__} has no parameter that requires a gradient")
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

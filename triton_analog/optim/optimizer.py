@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.outside import check_layers
+from triton_analog.nn.programmed import refuse_chips
 from triton_analog.optim.after_step import AfterStep
 from triton_analog.optim.decay import decayed
 from triton_analog.optim.layers import KnownLayers, Layers
@@ -54,6 +56,11 @@ class AnalogOptimizer(Optimizer):
 
     def __init__(self, optimizer_class: type[Optimizer], /, analog_layers: Any, *args: Any, **kwargs: Any) -> None:
         self._analog_layers = _check_layers(analog_layers)
+        owner = getattr(analog_layers, "__self__", None)
+        listed = self._analog_layers if isinstance(self._analog_layers, list) else []
+        for module in [owner] if isinstance(owner, nn.Module) else listed:
+            refuse_chips(module, "an optimizer")
+            check_layers(module)
         super().__init__(*args, **kwargs)
         self._watch_steps()
 

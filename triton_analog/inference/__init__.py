@@ -3,14 +3,13 @@
 from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.inference.chip import Chip, program
 from triton_analog.inference.evaluation import Evaluation, evaluate
+from triton_analog.inference.noise_model import NoiseModel, PolynomialNoiseModel
 from triton_analog.inference.noise_models import (
     AdditivePerChannelNoiseModel,
     AnalogFoundationNoiseModel,
     CustomDriftPCMLikeNoiseModel,
     HermesNoiseModel,
-    NoiseModel,
     PCMLikeNoiseModel,
-    PolynomialNoiseModel,
     ReRamCMONoiseModel,
     ReRamWan2022NoiseModel,
     StateIndependentNoiseModel,

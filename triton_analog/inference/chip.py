@@ -15,7 +15,7 @@ import triton_analog.ops as ops
 from triton_analog.functional import modified_weight
 from triton_analog.hints import did_you_mean
 from triton_analog.inference.compensation import COMPENSATIONS, Compensation, readout, scale_slices
-from triton_analog.inference.noise_models import NoiseModel
+from triton_analog.inference.noise_model import NoiseModel
 from triton_analog.nn.base import named_analog_layers
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.programmed import ProgrammedTile

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from triton_analog.inference.chip import Chip, check_programmable, program
 from triton_analog.inference.compensation import Compensation
-from triton_analog.inference.noise_models import DAY, NoiseModel
+from triton_analog.inference.noise_model import DAY, NoiseModel
 
 HOUR, YEAR = 3600.0, 365 * DAY
 Metric = Callable[[Any], Any]

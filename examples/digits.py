@@ -35,7 +35,7 @@ from triton_analog.convert import convert_to_analog
 from triton_analog.functional import draw_seed
 from triton_analog.launch import backend
 from triton_analog.nn import AnalogLinear
-from triton_analog.optim import AnalogOptimizer
+from triton_analog.optim import AnalogOptimizer, parameter_groups
 
 BATCH = 32
 LEARNING_RATE = 1e-3
@@ -131,7 +131,8 @@ def plain() -> Trainee:
 
 def hardware_aware() -> Trainee:
     model = convert_to_analog(network(), hardware_in_training())
-    return model, AnalogOptimizer(torch.optim.AdamW, model.analog_layers, model.parameters(), lr=LEARNING_RATE)
+    parameters = parameter_groups(model, weight_decay=0.01)  # AdamW's own, but not of input ranges
+    return model, AnalogOptimizer(torch.optim.AdamW, model.analog_layers, parameters, lr=LEARNING_RATE)
 
 
 def train(trainee: Trainee, data: Digits, steps: int, progress: tqdm) -> list[float]:

@@ -169,7 +169,7 @@ def convert_to_analog(
     adapters = adapter_modules(module)
     layers, left = select(module, module_name, classes, excluded)
     of_adapters = [] if convert_adapters else [name for name, layer in layers if id(layer) in adapters]
-    if not convert_adapters:
+    if adapters and not convert_adapters:
         excluded |= adapters
         layers, left = select(module, module_name, classes, excluded)
     configs = {
@@ -203,9 +203,10 @@ def convert_to_analog(
     coverage = measure(module, module_name, map(itemgetter(1), layers), dict(left), excluded)
     if coverage.digital:
         warnings.warn(_describe(coverage), stacklevel=2)
-    read_by_parents: list[str] = []
+    read_by_parents: set[str] = set()
     if check is not None:
-        read_by_parents = check_calls(module, {name: layer for name, layer in layers if id(layer) in configs}, check)
+        converted = {name: layer for name, layer in layers if id(layer) in configs}
+        read_by_parents = set(check_calls(module, converted, check))
     if of_adapters:
         warnings.warn(
             f"convert_to_analog left {len(of_adapters)} layer(s) of PEFT's adapters digital, such as {of_adapters[0]}; pass "

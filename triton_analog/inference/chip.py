@@ -204,15 +204,17 @@ class _Cells:
         self._source = layer.weight_source
         self._version = 0 if self._source is None else self._source._version
         settings = {key: value for key, value in layer._numbers()._asdict().items() if key in TILE_SETTINGS}
-        as_stored = settings["weight_quantization"] == "none" and layer.learnable_weight_clip is None
-        wanted, self.wmax = modified_weight(
-            layer.matrix.detach(),
-            weight_clip=None if layer.learnable_weight_clip is None else layer.learnable_weight_clip.detach(),
-            **(settings | {"weight_noise": "none"}),
-        )
-        # The parameter itself where that will do: no copy of it, as long as nothing changes it.
-        self.wanted = layer.matrix.detach() if as_stored and self._source is not None else wanted
-        self.scale = ops.absmax(self.wanted, len(self.wmax))  # rounding may have lifted a weight above wmax
+        clip = layer.learnable_weight_clip
+        if clip is None and settings["weight_quantization"] == "none":
+            self.wanted = layer.matrix.detach()  # the parameter itself, not a copy: nothing changes it
+            self.wmax = self.scale = ops.absmax(self.wanted, layer.slices)
+        else:
+            self.wanted, self.wmax = modified_weight(
+                layer.matrix.detach(),
+                weight_clip=None if clip is None else clip.detach(),
+                **(settings | {"weight_noise": "none"}),
+            )
+            self.scale = ops.absmax(self.wanted, layer.slices)  # rounding may have lifted a weight above wmax
         if not per_channel:
             groups = self.scale.unflatten(1, (layer.groups, -1))
             self.scale = groups.amax(2, keepdim=True).expand_as(groups).flatten(1)

@@ -216,16 +216,10 @@ class ReRamCMONoiseModel(NoiseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdditivePerChannelNoiseModel(NoiseModel):
-    """Noise on the weight itself, of ``std`` times the largest weight; it does not change with time."""
+class _NoiseOfWeights(NoiseModel):
+    """Noise on the weight itself, with its sign, that does not change with time."""
 
     CELL: ClassVar[str] = "signed"
-
-    std: float = 0.03
-    """Deviation in units of the largest weight."""
-
-    def programming_std(self, r: Tensor, time: float | None) -> Tensor:
-        return torch.full_like(r, self.std * self.g_max)
 
     def at(self, time: float | None) -> dict[str, Any]:
         return super().at(time) | {"lowest": -inf}
@@ -235,11 +229,20 @@ class AdditivePerChannelNoiseModel(NoiseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalogFoundationNoiseModel(NoiseModel):
+class AdditivePerChannelNoiseModel(_NoiseOfWeights):
+    """Noise on the weight itself, of ``std`` times the largest weight; it does not change with time."""
+
+    std: float = 0.03
+    """Deviation in units of the largest weight."""
+
+    def programming_std(self, r: Tensor, time: float | None) -> Tensor:
+        return torch.full_like(r, self.std * self.g_max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalogFoundationNoiseModel(_NoiseOfWeights):
     """The chip's noise that Analog Foundation Models were evaluated with (arXiv 2505.09663): on the weight itself, by its
     magnitude ``g`` where the largest weight is 180. It does not change with time."""
-
-    CELL: ClassVar[str] = "signed"
 
     g_max: float = 180.0
 
@@ -248,9 +251,3 @@ class AnalogFoundationNoiseModel(NoiseModel):
         low = polynomial((2.5797, 0.22420, -3.716e-3, 2.940e-5), g)
         high = polynomial((2.1103, 0.24535, -3.0550e-3, 1.2330e-5), g)
         return torch.where(g < 0.6, 0.0, torch.where(g <= 52.5, low, high)) * (self.g_max / 180.0)
-
-    def at(self, time: float | None) -> dict[str, Any]:
-        return super().at(time) | {"lowest": -inf}
-
-    def _aged(self, time: float) -> dict[str, Any]:
-        return {}

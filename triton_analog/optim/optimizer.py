@@ -42,7 +42,8 @@ class AnalogOptimizer(Optimizer):
 
     Raises:
         TypeError: one of the first two arguments is something else.
-        ValueError: an iterable without any analog layer, such as a generator that was used up before.
+        ValueError: an iterable without any analog layer, such as a generator that was used up before; a layer on a simulated
+            chip; or one whose weight has become another shape.
     """
 
     _analog_layers: Layers

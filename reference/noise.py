@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 WEIGHT_STREAM, OUTPUT_STREAM, USER_STREAM = 0, 1, 2
+ROUNDS = 7
 
 _COUNTERS_PER_CHUNK = 32_768
 """Few enough for the cache of one core, enough to make the cost of a call small. Threads gain nothing: they queue for the
@@ -21,23 +22,23 @@ _LOW, _UP = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def philox(seed: int, c0: NDArray, c1: NDArray, c2: NDArray, c3: NDArray) -> tuple[NDArray, NDArray]:
-    """Philox-4x32-10 (Salmon et al. 2011): the words ``w0, w2`` and ``w1, w3`` of every counter, each ``[2, ...]`` uint32.
+    """Philox-4x32-7 (Salmon et al. 2011): the words ``w0, w2`` and ``w1, w3`` of every counter, each ``[2, ...]`` uint32.
 
     The counters' words are uint64 arrays of 32-bit numbers, which broadcast.
     """
     first = np.array([[seed & 0xFFFFFFFF], [seed >> 32 & 0xFFFFFFFF]], dtype=_WORD)
-    keys = [(first + np.uint64(i) * _WEYL) & _LOW for i in range(10)]
+    keys = [(first + np.uint64(i) * _WEYL) & _LOW for i in range(ROUNDS)]
     shape = np.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
-    for k0, k1 in keys[:2]:  # before rows and columns mix
+    for k0, k1 in keys[:3]:  # before all words depend on row and column
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (b >> _UP) ^ c1 ^ k0, b & _LOW, (a >> _UP) ^ (c3 ^ k1), a & _LOW
+        c0, c1, c2, c3 = (b >> _UP) ^ (c1 ^ k0), b & _LOW, (a >> _UP) ^ (c3 ^ k1), a & _LOW
     words = np.empty((2, 2, *shape), dtype=_WORD)
     words[0, 0], words[0, 1], words[1, 0], words[1, 1] = c0, c2, c1, c3
     even, odd = words.reshape(2, 2, -1)
-    for i in range(2, 10):  # the same in place, in as few passes as there can be
+    for i in range(3, ROUNDS):  # the same in place, in as few passes as there can be
         even *= _MULTIPLIERS
         product = even[::-1]  # that of c2 makes c0 and c1, that of c0 makes c2 and c3
-        if i % 2 == 0:  # one pass for two keys: this round uses the upper half, the next the lower
+        if i % 2 == 1:  # one pass for two keys: this round uses the upper half, the next the lower
             product ^= (keys[i] << _UP) | keys[i + 1]
         odd.view(_HALF)[:, :-1] ^= product.view(_HALF)[:, 1:]  # upper halves onto lower ones
         odd &= _LOW
@@ -45,51 +46,42 @@ def philox(seed: int, c0: NDArray, c1: NDArray, c2: NDArray, c3: NDArray) -> tup
     return even.astype(np.uint32).reshape(2, *shape), odd.astype(np.uint32).reshape(2, *shape)
 
 
-def box_muller(w0: NDArray, w1: NDArray) -> tuple[NDArray, NDArray]:
-    """Two standard normals from two 32-bit words: radius (at most 6.77) from the first, angle from the second.
-
-    The top bit of ``w1`` is a sign, the next swaps the axes, the other thirty are the angle within a quarter turn: the
-    same distribution as an angle from all 32 bits, and kernels need no range reduction for it.
-    """
-    radius = w0.astype(np.float32)
-    radius *= np.float32(2.0**-32)
-    radius += np.float32(2.0**-33)
+def polar(word: NDArray) -> tuple[NDArray, NDArray, NDArray]:
+    """Radius, cosine and sine of each 32-bit word: the radius (at most 5.27) from its low 20 bits, the angle from its high
+    23. Radius times cosine and radius times sine are two standard normals (Box and Muller 1958)."""
+    radius = (word & np.uint32(0xFFFFF)).astype(np.float32)
+    radius *= np.float32(-(2.0**-20))
+    radius += np.float32(1)
     np.log(radius, out=radius)
     radius *= np.float32(-2)
     np.sqrt(radius, out=radius)
-    angle = (w1 << np.uint32(2)).view(np.int32).astype(np.float32)
-    angle *= np.float32(2.0**-33 * np.pi)
-    cosine, sine = np.cos(angle), np.sin(angle, out=angle)
-    cosine *= radius
-    sine *= radius
-    # On the bits of the numbers: selecting by a random condition costs more than all of the above.
-    a, b = cosine.view(np.uint32), sine.view(np.uint32)
-    a ^= w1 & np.uint32(1 << 31)
-    swap = ((w1 << np.uint32(1)).view(np.int32) >> np.int32(31)).view(np.uint32)  # the second bit, 32 times
-    swap &= a ^ b
-    a ^= swap
-    b ^= swap
-    return cosine, sine
+    angle = (word >> np.uint32(9)).astype(np.float32)
+    angle *= np.float32(2.0**-22 * np.pi)
+    return radius, np.cos(angle), np.sin(angle, out=angle)
 
 
 def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plane: int = 0) -> Tensor:
     """Standard normals ``[rows, cols]`` in fp32.
 
-    One counter ``(4 * (n // 16) + n % 8 // 2, m, plane, stream)`` serves the four columns of row ``m`` that one thread
-    of a tensor core's accumulator holds: lane ``2 * (n // 8 % 2) + n % 2``.
+    One counter ``(8 * (m // 16) + m % 8, 4 * (n // 16) + n % 8 // 2, plane, stream)`` serves the eight elements of 16 rows
+    and 16 columns that one thread of a tensor core's accumulator holds: word ``2 * (n // 8 % 2) + n % 2``, its cosine for
+    the upper eight rows, its sine for the lower.
     """
-    groups = -(-cols // 16)
-    out = np.empty((rows, groups, 2, 4, 2), dtype=np.float32)  # column n = 16 * group + 8 * high + 2 * pair + low
+    row_groups, column_groups = -(-rows // 16), -(-cols // 16)
     key = int(seed)
-    column = np.arange(4 * groups, dtype=_WORD)[None, :]
+    column = np.arange(4 * column_groups, dtype=_WORD)[None, :]
     c2, c3 = np.array([plane], dtype=_WORD), np.array([stream], dtype=_WORD)
     run = np.dtype("V32")  # the eight columns of a half group in one piece
-    chunk = max(1, _COUNTERS_PER_CHUNK // max(1, column.size))
-    for start in range(0, rows, chunk):
+    out = np.empty((row_groups, 2, 8, column_groups, 2), dtype=run)  # m = (group, half, row), n = (group, half, pair, low)
+    chunk = max(1, _COUNTERS_PER_CHUNK // max(1, 8 * column.size))
+    for start in range(0, row_groups, chunk):
         part = out[start : start + chunk]
-        row = np.arange(start, start + len(part), dtype=_WORD)[:, None]
-        normals = np.empty((2, len(part), groups, 4, 2), dtype=np.float32)
-        for low, z in enumerate(box_muller(*philox(key, column, row, c2, c3))):
-            normals[..., low] = z.reshape(normals.shape[:-1])
-        part.reshape(-1, 16).view(run)[:] = normals.reshape(2, -1, 8).view(run)[..., 0].T
-    return torch.from_numpy(out.reshape(rows, 16 * groups)[:, :cols]).contiguous().to(seed.device)
+        row = np.arange(8 * start, 8 * (start + len(part)), dtype=_WORD)[:, None]
+        normals = np.empty((2, 2, len(part), 8, column_groups, 4, 2), dtype=np.float32)
+        for low, words in enumerate(philox(key, row, column, c2, c3)):
+            radius, *directions = (v.reshape(normals.shape[1:-1]) for v in polar(words))
+            for half, direction in enumerate(directions):
+                np.multiply(radius, direction, out=normals[half, ..., low])
+        part[:] = normals.reshape(*normals.shape[:-2], 8).view(run)[..., 0].transpose(2, 0, 3, 4, 1)
+    field = torch.from_numpy(out.view(np.float32).reshape(16 * row_groups, 16 * column_groups))
+    return field[:rows, :cols].contiguous().to(seed.device)

@@ -26,38 +26,28 @@ SIGMAS = 5
 
 
 def philox(counter, key):
-    """Philox-4x32-10 of Salmon et al. (2011), on Python integers."""
+    """Philox-4x32-7 of Salmon et al. (2011), on Python integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = product1 >> 32 ^ c1 ^ k0, product1 % 2**32, product0 >> 32 ^ c3 ^ k1, product0 % 2**32
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return c0, c1, c2, c3
 
 
-def box_muller(radius_word, angle_word):
-    """Radius from an fp32 uniform in (0, 1]; the angle from a sign bit, an axis bit and 30 bits of a quarter turn."""
-    u = float(np.float32(np.float32(radius_word) * np.float32(2**-32)) + np.float32(2**-33))
-    quarter = angle_word % 2**30
-    angle = (quarter - 2**30 * (quarter >= 2**29)) * math.pi / 2**31
-    radius = math.sqrt(-2 * math.log(u))
-    big = radius * math.cos(angle) * (-1 if angle_word >> 31 else 1)
-    small = radius * math.sin(angle)
-    return (small, big) if angle_word >> 30 & 1 else (big, small)
-
-
 def element(seed, m, n, stream, plane):
-    """Element ``(m, n)`` of the field, from the documented counter and lane."""
-    counter = (4 * (n // 16) + n % 8 // 2, m, plane, stream)
-    words = philox(counter, (seed % 2**32, seed // 2**32 % 2**32))
-    lanes = [*box_muller(*words[:2]), *box_muller(*words[2:])]
-    return lanes[2 * (n // 8 % 2) + n % 2]
+    """Element ``(m, n)`` of the field, from the documented counter, word and half."""
+    counter = (8 * (m // 16) + m % 8, 4 * (n // 16) + n % 8 // 2, plane, stream)
+    word = philox(counter, (seed % 2**32, seed // 2**32 % 2**32))[2 * (n // 8 % 2) + n % 2]
+    radius = math.sqrt(-2 * math.log(1 - word % 2**20 / 2**20))
+    angle = 2 * math.pi * (word >> 9) / 2**23
+    return radius * (math.sin(angle) if m // 8 % 2 else math.cos(angle))
 
 
 KNOWN_ANSWERS = [  # Random123's kat_vectors: counter word, key word, output
-    (0, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    (0xFFFFFFFF, 0xFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (0, 0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    (0xFFFFFFFF, 0xFFFFFFFF, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
 ]
 
 
@@ -71,15 +61,15 @@ def test_philox_gives_the_published_answers(word, key, answer):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_element_has_its_documented_counter_and_lane(seed, backend, device):
-    stream, plane, rows, cols = 2**32 - 1, 2**31 - 1, 3, 37
+    stream, plane, rows, cols = 2**32 - 1, 2**31 - 1, 19, 37
     field = ops.noise(seed_of(seed, device), rows, cols, stream=stream, plane=plane).cpu()
     expected = [[element(seed, m, n, stream, plane) for n in range(cols)] for m in range(rows)]
     off = (field - torch.tensor(expected)).abs()
-    if backend == "kernel" and device.type == "cuda":  # the hardware's logarithm is off where the radius is small
-        assert off.max() <= 6e-4
-        assert (off > 4e-6).sum() <= 2
+    if backend == "kernel" and device.type == "cuda":  # the hardware's functions; the logarithm is off near a radius of 0
+        assert off.max() <= 2e-4
+        assert (off > 1e-5).sum() <= 2
     else:
-        assert off.max() <= 2e-6
+        assert off.max() <= 3e-6
 
 
 @triton.jit
@@ -89,13 +79,14 @@ def tile_kernel(seed_ptr, origin_ptr, out_ptr, ROWS: tl.constexpr, COLS: tl.cons
     tl.store(out_ptr + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :], z)
 
 
-@pytest.mark.parametrize("row", [0, 2**31 - 1, 2**31, 2**32 - 2])
+@pytest.mark.parametrize("rows", [2, 16])
+@pytest.mark.parametrize("row", [0, 2**31 - 16, 2**31, 2**32, 2**33 - 16])
 @pytest.mark.parametrize("col", [0, 2**31 - 16, 2**31, 2**34 - 16])
-def test_rows_and_columns_beyond_32_bits(row, col, device):
-    field = torch.full((2, 16), torch.nan, device=device)
-    tile_kernel[(1,)](seed_of(-5, device), torch.tensor([row, col], device=device), field, ROWS=2, COLS=16)
-    expected = [[element(-5, row + m, col + n, 1, 3) for n in range(16)] for m in range(2)]
-    torch.testing.assert_close(field.cpu(), torch.tensor(expected), atol=2e-6, rtol=0)
+def test_rows_and_columns_beyond_32_bits(rows, row, col, device):
+    field = torch.full((rows, 16), torch.nan, device=device)
+    tile_kernel[(1,)](seed_of(-5, device), torch.tensor([row, col], device=device), field, ROWS=rows, COLS=16)
+    expected = [[element(-5, row + m, col + n, 1, 3) for n in range(16)] for m in range(rows)]
+    torch.testing.assert_close(field.cpu(), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 # ---- One field on every backend and launch ----------------------------------------------------------------------------
@@ -110,7 +101,7 @@ def test_a_larger_field_contains_the_smaller(shape, backend, device):
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-@pytest.mark.parametrize("config", [NoiseConfig(16, 16), NoiseConfig(1, 128, num_warps=1), NoiseConfig(64, 32)])
+@pytest.mark.parametrize("config", [NoiseConfig(16, 16), NoiseConfig(1, 128, num_warps=1), NoiseConfig(8, 32), NoiseConfig(64, 32)])
 def test_blocks_do_not_change_the_field(config, backend, device):
     fields = [launch_noise(seed_of(7, device), 37, 45, stream=5, plane=2, config=c) for c in (None, config)]
     assert torch.equal(*fields)
@@ -149,10 +140,10 @@ def test_moments_are_the_normal_law_s(power, moment, variance, field):
 
 
 @pytest.mark.parametrize("lane", range(16))
-def test_every_column_of_a_group_is_standard_normal(lane, field):
-    column = field[:, lane::16]
-    assert_expected(column.mean(), 0, math.sqrt(1 / column.numel()))
-    assert_expected((column**2).mean(), 1, math.sqrt(2 / column.numel()))
+def test_every_row_and_column_of_a_group_is_standard_normal(lane, field):
+    for line in (field[:, lane::16], field[lane::16]):
+        assert_expected(line.mean(), 0, math.sqrt(1 / line.numel()))
+        assert_expected((line**2).mean(), 1, math.sqrt(2 / line.numel()))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -163,7 +154,7 @@ def test_tails_are_the_normal_law_s(bound, sign, field):
 
 
 def test_no_value_is_infinite_or_beyond_the_documented_radius(field):
-    assert field.abs().max() < 6.78
+    assert field.abs().max() < 5.27
 
 
 OTHER_FIELDS = {
@@ -172,6 +163,8 @@ OTHER_FIELDS = {
     "other half of the group": lambda z: z.roll(8, 1),
     "next group": lambda z: z.roll(16, 1),
     "next row": lambda z: z.roll(1, 0),
+    "next half of the rows": lambda z: z.roll(8, 0),
+    "next group of rows": lambda z: z.roll(16, 0),
     "next plane": lambda z: square_field(42, plane=1),
     "next stream": lambda z: square_field(42, stream=3),
     "next seed": lambda z: square_field(43),
@@ -191,9 +184,9 @@ def test_fields_and_neighbours_are_uncorrelated(other, field):
 
 
 def test_lanes_of_one_counter_are_uncorrelated(field):
-    """Columns 0, 1, 8, 9 of a group of 16 come from one draw of four words."""
-    groups = field.reshape(SIDE, SIDE // 16, 16)
-    lanes = torch.stack([groups[:, :, n].flatten() for n in (0, 1, 8, 9)])
+    """Rows 0 and 8 with columns 0, 1, 8, 9 of a group of 16 x 16 come from one draw of four words."""
+    groups = field.reshape(SIDE // 16, 16, SIDE // 16, 16)
+    lanes = torch.stack([groups[:, m, :, n].flatten() for m in (0, 8) for n in (0, 1, 8, 9)])
     for samples in (lanes, (lanes**2 - 1) / math.sqrt(2)):
         correlation = samples @ samples.T / samples.shape[1]
-        assert (correlation - torch.eye(4)).triu(1).abs().max() < SIGMAS / math.sqrt(samples.shape[1])
+        assert (correlation - torch.eye(8)).triu(1).abs().max() < SIGMAS / math.sqrt(samples.shape[1])

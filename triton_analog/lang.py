@@ -13,6 +13,13 @@ OUTPUT_STREAM = tl.constexpr(1)
 
 # PTX for NVIDIA GPUs, with a plain path beside its use.
 MULTIPLY_WIDE = tl.constexpr("{ .reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t; }")
+# 1 + the 20 low bits / 2**23 is turned into u = 1 - bits / 2**20, 1 + the 23 high bits / 2**23 into an angle; the logarithm
+# counts in twos, which a factor of sqrt(2 ln 2) makes good.
+POLAR = tl.constexpr("""{ .reg .b32 bits; .reg .f32 u, angle;
+    lop3.b32 bits, $3, 0x000FFFFF, 0x3F800000, 0xEA; mov.b32 u, bits; fma.rn.ftz.f32 u, u, 0fC1000000, 0f41100000;
+    lg2.approx.ftz.f32 u, u; abs.f32 u, u; sqrt.approx.ftz.f32 u, u; mul.ftz.f32 $0, u, 0f3F96B55F;
+    shr.u32 bits, $3, 9; or.b32 bits, bits, 0x3F800000; mov.b32 angle, bits; mul.ftz.f32 angle, angle, 0f40C90FDB;
+    cos.approx.ftz.f32 $1, angle; sin.approx.ftz.f32 $2, angle; }""")
 
 # How an input range is given: none, one number per slice, or one per slice and row.
 NO_RANGE = tl.constexpr(0)
@@ -138,33 +145,27 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def minus_two_log(u):
-    """``-2 ln u`` for ``u`` in ``(0, 1]``; never negative."""
-    if is_nvidia():  # the hardware's: one instruction instead of twelve, off by at most 2**-22 where u is near 1
-        log2 = tl.inline_asm_elementwise("lg2.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
-        return tl.abs(1.3862943611198906 * log2)
+def polar(word):
+    """Radius, cosine and sine of a uint32 tensor: the radius from its 20 low bits, the angle from its 23 high bits."""
+    if is_nvidia():
+        return tl.inline_asm_elementwise(
+            POLAR, "=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
+        )
     else:
-        return -2.0 * tl.log(u)
-
-
-@triton.jit
-def box_muller(w0, w1):
-    """Two standard normals from two uint32 tensors: radius from the first word, angle from the second.
-
-    The top bit of ``w1`` is a sign, the next swaps the axes, the other thirty are the angle within a quarter turn, so that
-    two short polynomials give sine and cosine to fp32 rounding without a range reduction.
-    """
-    u = w0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2**-32, 2**-33: (0, 1]
-    radius = tl.sqrt(minus_two_log(u))
-    f = (w1 << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
-    t = f * f
-    sine = (((-0.004602149 * t + 0.07968022) * t - 0.6459635) * t + 1.5707963) * f
-    cosine = (((0.00090362807 * t - 0.02086007) * t + 0.2536692) * t - 1.2337005) * t + 1.0
-    signed = (radius.to(tl.uint32, bitcast=True) ^ (w1 & 0x80000000)).to(tl.float32, bitcast=True)
-    big = signed * cosine
-    small = radius * sine
-    swap = (w1 & 0x40000000) != 0
-    return tl.where(swap, small, big), tl.where(swap, big, small)
+        u = 1.0 - (word & 0xFFFFF).to(tl.float32) * 9.5367431640625e-07  # 2**-20: (0, 1]
+        radius = tl.sqrt(-2.0 * tl.log(u))
+        # The nearest of the four axes, and the angle from it, at most half of the quarter turn between two: short polynomials
+        # then give sine and cosine to fp32 rounding without a range reduction.
+        turn = word + 0x20000000
+        axis = turn >> 30
+        f = ((turn >> 9) & 0x1FFFFF).to(tl.float32) * 4.76837158203125e-07 - 0.5  # 2**-21
+        t = f * f
+        along = (((0.00090362807 * t - 0.02086007) * t + 0.2536692) * t - 1.2337005) * t + 1.0
+        across = (((-0.004602149 * t + 0.07968022) * t - 0.6459635) * t + 1.5707963) * f
+        swap = (axis & 1) != 0
+        cosine = tl.where(swap, across, along)
+        sine = tl.where(swap, along, across)
+        return radius, tl.where((axis == 1) | (axis == 2), -cosine, cosine), tl.where(axis >= 2, -sine, sine)
 
 
 @triton.jit
@@ -183,8 +184,8 @@ def multiply_wide(a, FACTOR: tl.constexpr):
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox-4x32-10 (Salmon et al. 2011): four uint32 words per counter; the counter's words broadcast."""
-    for _ in tl.static_range(10):
+    """Philox-4x32-7 (Salmon et al. 2011): four uint32 words per counter; the counter's words broadcast."""
+    for _ in tl.static_range(7):
         a_high, a_low = multiply_wide(c0, 0xD2511F53)
         b_high, b_low = multiply_wide(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = b_high ^ c1 ^ k0, b_low, a_high ^ c3 ^ k1, a_low
@@ -194,22 +195,44 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def normal_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Standard normals for the logical elements from ``(row, col)`` on; ``col`` and ``COLS`` are multiples of 16.
+def one_of_pair(word, is_lower):
+    """The first of a word's two normals, or the second."""
+    radius, cosine, sine = polar(word)
+    return radius * tl.where(is_lower, sine, cosine)
 
-    One counter ``(column group, row, plane, stream)`` gives the four columns of a row that one thread of a tensor core's
-    accumulator holds, so the reordering at the end only renames registers. Column and row enter the first two rounds
-    separately, which leaves those rounds one-dimensional.
+
+@triton.jit
+def normal_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Standard normals for the logical elements from ``(row, col)`` on; ``col`` and ``COLS`` are multiples of 16, and so is
+    ``row`` unless there are fewer ``ROWS``.
+
+    One counter ``(row of a group, column group, plane, stream)`` gives the eight numbers of 16 rows and 16 columns that one
+    thread of a tensor core's accumulator holds, so the reordering at the end only renames registers. A tile of fewer than 16
+    rows uses half of them. Row and column enter the first two rounds separately, which leaves those one-dimensional.
     """
     key = seed.to(tl.uint64, bitcast=True)
-    c0 = (col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
-    c1 = (row + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
-    c2 = (tl.zeros((1, 1), tl.int32) + plane).to(tl.uint32)
-    c3 = tl.full((1, 1), STREAM, tl.uint32)
     k0 = (key & 0xFFFFFFFF).to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
-    z0, z1 = box_muller(w0, w1)
-    z2, z3 = box_muller(w2, w3)
-    z = tl.join(tl.join(z0, z1), tl.join(z2, z3)).reshape(ROWS, COLS // 16, 4, 2, 2)
-    return z.permute(0, 1, 4, 2, 3).reshape(ROWS, COLS)
+    c1 = (col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
+    c2 = (tl.zeros((1, 1), tl.int32) + plane).to(tl.uint32)
+    c3 = tl.full((1, 1), STREAM, tl.uint32)
+    if ROWS >= 16:
+        c0 = (row // 2 + tl.arange(0, ROWS // 2)).to(tl.uint32)[:, None]
+        w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
+        r0, cosine0, sine0 = polar(w0)
+        r1, cosine1, sine1 = polar(w1)
+        r2, cosine2, sine2 = polar(w2)
+        r3, cosine3, sine3 = polar(w3)
+        upper = tl.join(tl.join(r0 * cosine0, r1 * cosine1), tl.join(r2 * cosine2, r3 * cosine3))
+        lower = tl.join(tl.join(r0 * sine0, r1 * sine1), tl.join(r2 * sine2, r3 * sine3))
+        z = tl.join(upper, lower).reshape(ROWS // 16, 8, COLS // 16, 4, 2, 2, 2)
+        return z.permute(0, 6, 1, 2, 5, 3, 4).reshape(ROWS, COLS)
+    else:
+        m = row + tl.arange(0, ROWS)
+        is_lower = ((m // 8) % 2 != 0)[:, None]
+        w0, w1, w2, w3 = philox((m // 16 * 8 + m % 8).to(tl.uint32)[:, None], c1, c2, c3, k0, k1)
+        z = tl.join(
+            tl.join(one_of_pair(w0, is_lower), one_of_pair(w1, is_lower)),
+            tl.join(one_of_pair(w2, is_lower), one_of_pair(w3, is_lower)),
+        )
+        return z.reshape(ROWS, COLS // 16, 4, 2, 2).permute(0, 1, 4, 2, 3).reshape(ROWS, COLS)

@@ -73,12 +73,12 @@ _noise = Operator("noise", launch_noise, reference.noise, _fake)
 def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plane: int = 0) -> Tensor:
     """Standard normals ``[rows, cols]``, fp32, on the device of ``seed``.
 
-    Philox-4x32-10 keyed by ``seed`` and counted by the element, then Box-Muller; values reach 6.77. Equal seeds give equal
+    Philox-4x32-7 keyed by ``seed`` and counted by the element, then Box-Muller; values reach 5.26. Equal seeds give equal
     fields on every backend, to fp32 rounding, and a larger field contains the smaller one.
 
     Args:
         seed: int64 tensor with one element; it stays on its device.
-        rows: Number of rows, at most 2**32.
+        rows: Number of rows, at most 2**33.
         cols: Number of columns, at most 2**34.
         stream: Independent stream in ``0 .. 2**32 - 1``; 0 is the library's weight noise, 1 its output noise.
         plane: Independent field within the stream, in ``0 .. 2**31 - 1``; output noise uses the slice.
@@ -88,7 +88,7 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
         ValueError: a size, stream or plane out of range.
     """
     check.seed_given(seed, True, "noise")
-    check.require(0 <= rows <= 2**32, lambda: f"rows: got {rows}; allowed are 0 to 2**32")
+    check.require(0 <= rows <= 2**33, lambda: f"rows: got {rows}; allowed are 0 to 2**33")
     check.require(0 <= cols <= 2**34, lambda: f"cols: got {cols}; allowed are 0 to 2**34")
     check.require(0 <= stream < 2**32, lambda: f"stream: got {stream}; allowed are 0 to 2**32 - 1")
     check.require(0 <= plane < 2**31, lambda: f"plane: got {plane}; allowed are 0 to 2**31 - 1")

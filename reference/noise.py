@@ -72,7 +72,9 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
     column = np.arange(4 * column_groups, dtype=_WORD)[None, :]
     c2, c3 = np.array([plane], dtype=_WORD), np.array([stream], dtype=_WORD)
     run = np.dtype("V32")  # the eight columns of a half group in one piece
-    out = np.empty((row_groups, 2, 8, column_groups, 2), dtype=run)  # m = (group, half, row), n = (group, half, pair, low)
+    out = np.empty(
+        (row_groups, 2, 8, column_groups, 2), dtype=run
+    )  # m = (group, half, row), n = (group, half, pair, low)
     chunk = max(1, _COUNTERS_PER_CHUNK // max(1, 8 * column.size))
     for start in range(0, row_groups, chunk):
         part = out[start : start + chunk]

@@ -65,7 +65,9 @@ def test_every_element_has_its_documented_counter_and_lane(seed, backend, device
     field = ops.noise(seed_of(seed, device), rows, cols, stream=stream, plane=plane).cpu()
     expected = [[element(seed, m, n, stream, plane) for n in range(cols)] for m in range(rows)]
     off = (field - torch.tensor(expected)).abs()
-    if backend == "kernel" and device.type == "cuda":  # the hardware's functions; the logarithm is off near a radius of 0
+    if (
+        backend == "kernel" and device.type == "cuda"
+    ):  # the hardware's functions; the logarithm is off near a radius of 0
         assert off.max() <= 2e-4
         assert (off > 1e-5).sum() <= 2
     else:
@@ -101,7 +103,9 @@ def test_a_larger_field_contains_the_smaller(shape, backend, device):
 
 
 @pytest.mark.parametrize("backend", ["kernel"], indirect=True)
-@pytest.mark.parametrize("config", [NoiseConfig(16, 16), NoiseConfig(1, 128, num_warps=1), NoiseConfig(8, 32), NoiseConfig(64, 32)])
+@pytest.mark.parametrize(
+    "config", [NoiseConfig(16, 16), NoiseConfig(1, 128, num_warps=1), NoiseConfig(8, 32), NoiseConfig(64, 32)]
+)
 def test_blocks_do_not_change_the_field(config, backend, device):
     fields = [launch_noise(seed_of(7, device), 37, 45, stream=5, plane=2, config=c) for c in (None, config)]
     assert torch.equal(*fields)

@@ -13,13 +13,14 @@ OUTPUT_STREAM = tl.constexpr(1)
 
 # PTX for NVIDIA GPUs, with a plain path beside its use.
 MULTIPLY_WIDE = tl.constexpr("{ .reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t; }")
-# 1 + the 20 low bits / 2**23 is turned into u = 1 - bits / 2**20, 1 + the 23 high bits / 2**23 into an angle; the logarithm
-# counts in twos, which a factor of sqrt(2 ln 2) makes good.
+# 1 + the 20 low bits / 2**23 is turned into u = 1 - bits / 2**20, 1 + the 23 high bits / 2**23 into an angle. The radius is
+# sqrt(-log2 u); a factor of POLAR_UNIT makes it that of normals.
 POLAR = tl.constexpr("""{ .reg .b32 bits; .reg .f32 u, angle;
     lop3.b32 bits, $3, 0x000FFFFF, 0x3F800000, 0xEA; mov.b32 u, bits; fma.rn.ftz.f32 u, u, 0fC1000000, 0f41100000;
-    lg2.approx.ftz.f32 u, u; abs.f32 u, u; sqrt.approx.ftz.f32 u, u; mul.ftz.f32 $0, u, 0f3F96B55F;
+    lg2.approx.ftz.f32 u, u; abs.f32 u, u; sqrt.approx.ftz.f32 $0, u;
     shr.u32 bits, $3, 9; or.b32 bits, bits, 0x3F800000; mov.b32 angle, bits; mul.ftz.f32 angle, angle, 0f40C90FDB;
     cos.approx.ftz.f32 $1, angle; sin.approx.ftz.f32 $2, angle; }""")
+POLAR_UNIT = tl.constexpr(1.1774100225154747)  # sqrt(2 ln 2)
 
 # How an input range is given: none, one number per slice, or one per slice and row.
 NO_RANGE = tl.constexpr(0)
@@ -148,9 +149,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def polar(word):
     """Radius, cosine and sine of a uint32 tensor: the radius from its 20 low bits, the angle from its 23 high bits."""
     if is_nvidia():
-        return tl.inline_asm_elementwise(
+        radius, cosine, sine = tl.inline_asm_elementwise(
             POLAR, "=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
         )
+        return radius * POLAR_UNIT, cosine, sine
     else:
         u = 1.0 - (word & 0xFFFFF).to(tl.float32) * 9.5367431640625e-07  # 2**-20: (0, 1]
         radius = tl.sqrt(-2.0 * tl.log(u))

@@ -67,6 +67,12 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; of a device that only stands for one, as many as an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def has_wide_tiles(capability: int) -> bool:
     """Whether tiles of 128 x 128 and more, loaded through tensor descriptors, suit a GPU: Hopper and data-centre Blackwell."""
     return 90 <= capability < 120

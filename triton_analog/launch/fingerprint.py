@@ -48,12 +48,12 @@ def _add(function: Callable[..., Any], found: dict[str, str]) -> None:
 
 @cache
 def code_hash(space: Space[Any]) -> str:
-    """Of the kernels in the operation's file and all that they use; where they stand and comments do not matter."""
-    module = sys.modules[space.config.__module__]
+    """Of the kernels in the operation's files and all that they use; where they stand and comments do not matter."""
     found: dict[str, str] = {}
-    for value in vars(module).values():
-        if isinstance(value, KERNEL_FUNCTIONS) and value.fn.__module__ == module.__name__:
-            _add(value.fn, found)
+    for module in (sys.modules[space.config.__module__], *space.others):
+        for value in vars(module).values():
+            if isinstance(value, KERNEL_FUNCTIONS) and value.fn.__module__ == module.__name__:
+                _add(value.fn, found)
     return _digest(found[name] for name in sorted(found))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import product
+from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -46,6 +47,8 @@ class Space(Generic[Config]):
     """What each field may be."""
     flags: tuple[str, ...] = ()
     """Names of what changes the code."""
+    others: tuple[ModuleType, ...] = ()
+    """Modules beside the configuration's own whose kernels it may choose."""
     fits: Callable[[Problem, Config], bool] = lambda problem, config: True
     """Whether a configuration can run a problem, and is not known to be slow there."""
 

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
+Descriptor = TensorDescriptor | GluonDescriptor
 
 Slots = list[Any]
 """The tensors of one call: its inputs, then what is made from them."""
@@ -44,11 +48,12 @@ class Described(NamedTuple):
     """A tensor descriptor of a place."""
 
     place: Place
+    kind: type[Descriptor]
     rest: dict[str, Any]
     """Its fields but the tensor."""
 
-    def of(self, slots: Slots) -> TensorDescriptor:
-        return TensorDescriptor(base=self.place.of(slots), **self.rest)
+    def of(self, slots: Slots) -> Descriptor:
+        return self.kind(base=self.place.of(slots), **self.rest)
 
 
 def _is_ours(value: Any) -> bool:
@@ -144,15 +149,15 @@ class DirectStart:
         placed = list(enumerate(args))
         self.pointers = [(i, arg.slot, arg.offset) for i, arg in placed if isinstance(arg, Place)]
         self.descriptors = [
-            (i, arg.place.slot, arg.place.offset, arg.rest) for i, arg in placed if isinstance(arg, Described)
+            (i, arg.place.slot, arg.place.offset, arg.kind, arg.rest) for i, arg in placed if isinstance(arg, Described)
         ]
 
     def __call__(self, slots: Slots, stream: int | None) -> None:
         args = self.args.copy()
         for i, slot, offset in self.pointers:
             args[i] = slots[slot].data_ptr() + offset
-        for i, slot, offset, rest in self.descriptors:
-            described = args[i] = object.__new__(TensorDescriptor)
+        for i, slot, offset, kind, rest in self.descriptors:
+            described = args[i] = object.__new__(kind)
             described.__dict__.update(rest, base=_Address(slots[slot].data_ptr() + offset))
         if stream is None:
             self.compiled[self.grid](*args)
@@ -162,7 +167,7 @@ class DirectStart:
 
     def reads(self) -> Iterator[int]:
         yield from (slot for _, slot, _ in self.pointers)
-        yield from (slot for _, slot, _, _ in self.descriptors)
+        yield from (slot for _, slot, *_ in self.descriptors)
 
     def move(self, slot: int, into: int, by: int) -> None:
         """What was ``slot`` lies in the slot ``into``, ``by`` bytes from its beginning."""
@@ -170,8 +175,8 @@ class DirectStart:
             (i, into, offset + by) if own == slot else (i, own, offset) for i, own, offset in self.pointers
         ]
         self.descriptors = [
-            (i, into, offset + by, rest) if own == slot else (i, own, offset, rest)
-            for i, own, offset, rest in self.descriptors
+            (i, into, offset + by, *rest) if own == slot else (i, own, offset, *rest)
+            for i, own, offset, *rest in self.descriptors
         ]
 
 

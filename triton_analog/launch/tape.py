@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_analog.launch.steps import Allocate, Call, Described, DirectStart, Place, Start, Step
+from triton_analog.launch.steps import DESCRIPTORS, Allocate, Call, Described, DirectStart, Place, Start, Step
 
 _EMPTY = {
     torch.ops.aten.empty.memory_format,
@@ -77,9 +76,9 @@ class Tape(TorchDispatchMode):
     def _placed(self, part: Any) -> Any:
         if isinstance(part, Tensor):
             return self._places[id(part)]
-        if isinstance(part, TensorDescriptor):
+        if isinstance(part, DESCRIPTORS):
             rest = {name: value for name, value in vars(part).items() if name != "base"}
-            return Described(self._places[id(part.base)], rest)
+            return Described(self._places[id(part.base)], type(part), rest)
         return part
 
     def _add_slot(self, tensor: Tensor) -> None:

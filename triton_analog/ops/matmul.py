@@ -11,7 +11,7 @@ next one's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import triton_analog.ops.hopper.matmul as pipeline
 import triton_analog.reference as reference
 from triton_analog.lang import (
     DYNAMIC_RANGE,
@@ -38,6 +39,7 @@ from triton_analog.launch import (
     block,
     cdiv,
     describable,
+    hardware,
     has_wide_tiles,
     input_precision,
     launch,
@@ -62,7 +64,8 @@ from triton_analog.reference.grid import half_steps
 class MatmulConfig:
     """``PARTS``: column parts of a tile that are finished one after the other, so that fewer registers are in use at once.
     ``PREPARED``: the input is converted by a launch of its own instead of in the loop. ``DESCRIPTORS``: load through tensor
-    descriptors where the operands' layout allows it."""
+    descriptors where the operands' layout allows it. ``PIPELINED``: the kernel of ``ops/hopper``, whose tile follows from the
+    number of slices (:func:`triton_analog.ops.hopper.matmul.tile_for`); of the rest only ``GROUP_M`` matters then."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -71,6 +74,7 @@ class MatmulConfig:
     PARTS: int = 1
     PREPARED: bool = True
     DESCRIPTORS: bool = True
+    PIPELINED: bool = False
     num_warps: int = 8
     num_stages: int = 3
 
@@ -80,7 +84,22 @@ def _has_tensor_memory(capability: int) -> bool:
     return 100 <= capability < 120
 
 
+PIPELINED = MatmulConfig(192, 128, 64, GROUP_M=8, PIPELINED=True, num_warps=4, num_stages=5)
+
+
+def _can_be_pipelined(problem: Problem) -> bool:
+    per_slice, *_ = problem.flags
+    return problem.hardware.capability == 90 and problem.dtype.itemsize == 2 and per_slice
+
+
 def default_config(problem: Problem) -> MatmulConfig:
+    rows, columns, _ = problem.sizes
+    if _can_be_pipelined(problem) and min(rows, columns) >= 128:
+        return PIPELINED
+    return _plain_config(problem)
+
+
+def _plain_config(problem: Problem) -> MatmulConfig:
     rows, columns, width = problem.sizes
     per_slice, noise, dynamic = problem.flags
     capability, size = problem.hardware.capability, problem.dtype.itemsize
@@ -100,6 +119,8 @@ def default_config(problem: Problem) -> MatmulConfig:
 
 
 def _fits(problem: Problem, config: MatmulConfig) -> bool:
+    if config.PIPELINED:
+        return _can_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_M=16))
     rows, columns, width = problem.sizes
     per_slice, noise, _ = problem.flags
     capability, size = problem.hardware.capability, problem.dtype.itemsize
@@ -119,6 +140,8 @@ def _fits(problem: Problem, config: MatmulConfig) -> bool:
         and (config.PREPARED or columns <= 1024)  # else the input is converted too often
         and config.DESCRIPTORS is (has_wide_tiles(capability) and size < 4)
         and large_enough(config.BLOCK_M, config.BLOCK_N, rows, columns)
+        and config.BLOCK_M != PIPELINED.BLOCK_M
+        and config.num_stages != PIPELINED.num_stages
     )
 
 
@@ -126,10 +149,11 @@ SPACE = Space(
     "matmul", MatmulConfig, sizes=("rows", "columns", "width"), flags=("per_slice", "noise", "dynamic"),
     formula=default_config, fits=_fits,
     values={
-        "BLOCK_M": (32, 64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (16, 32, 64, 128), "GROUP_M": (8, 16),
-        "PARTS": (1, 2, 4), "PREPARED": (True, False), "DESCRIPTORS": (True, False), "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
+        "BLOCK_M": (32, 64, 128, 192, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (16, 32, 64, 128), "GROUP_M": (8, 16),
+        "PARTS": (1, 2, 4), "PREPARED": (True, False), "DESCRIPTORS": (True, False), "PIPELINED": (False, True),
+        "num_warps": (4, 8), "num_stages": (2, 3, 4, 5),
     },
+    others=(pipeline,),
 )  # fmt: skip
 """``per_slice``: slices are finished separately (bound or int8)."""
 
@@ -381,10 +405,15 @@ def launch_matmul(
     sigma, in_q_max, out_q_max = out_noise / slices**0.5, half_steps(inp_res), half_steps(out_res)
     int8, ranged = weight.dtype == torch.int8, input_range is not None
     dynamic = input_range is not None and input_range.ndim == 2
-    config = config or choose(
-        SPACE, x.device, weight.dtype, (M, N, cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
+    sizes, switches = (M, N, cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
+    config = config or choose(SPACE, x.device, weight.dtype, sizes, switches)
+    if config.PIPELINED and not (M > 0 and out_bound > 0 and describable(weight)):
+        config = _plain_config(Problem(hardware(x.device), weight.dtype, sizes, switches))
+    tile = pipeline.tile_for(slices)
+    block_k, tile_columns = (
+        (pipeline.DEPTH.value, tile.COLUMNS) if config.PIPELINED else (config.BLOCK_K, config.BLOCK_N)
     )
-    width = cdiv(cdiv(K, slices), config.BLOCK_K) * config.BLOCK_K
+    width = cdiv(cdiv(K, slices), block_k) * block_k
     convert = ranged and not config.PREPARED and not int8
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -401,8 +430,8 @@ def launch_matmul(
         "ADC": out_q_max > 0, "INT8": int8,
     }  # fmt: skip
     operand = new(M, slices * width, dtype=weight.dtype) if ranged and not convert else x
-    blocks_n = cdiv(cdiv(N, 128) * 128 if out_bound > 0 else N, config.BLOCK_N)  # whole words of the mask
-    columns = blocks_n * config.BLOCK_N
+    blocks_n = cdiv(cdiv(N, 128) * 128 if out_bound > 0 else N, tile_columns)  # whole words of the mask
+    columns = blocks_n * tile_columns
     coefficients = new(3, slices, columns) if int8 or out_bound > 0 else None
     poison = torch.zeros(M, dtype=torch.float32, device=x.device) if int8 else None
     if operand is not x or coefficients is not None:
@@ -419,8 +448,13 @@ def launch_matmul(
 
     y = new(M, N, dtype=x.dtype)
     mask = new(*mask_shape(slices if out_bound > 0 and needs_mask else 0, M, N), dtype=torch.int32)
+    if config.PIPELINED:
+        pipeline.launch_product(
+            operand, weight, bias, input_range, coefficients, seed, y, mask, K, slices, out_q_max, config.GROUP_M, flags
+        )
+        return y, mask
     options = dict(vars(config))
-    del options["PREPARED"]
+    del options["PREPARED"], options["PIPELINED"]
     options["DESCRIPTORS"] = descriptors = (
         config.DESCRIPTORS and describable(operand, weight) and slices_describable(weight, slices)
     )

@@ -44,8 +44,8 @@ def launch_of(space: Space[Any], hardware: Hardware, config: Any, call: Call) ->
         launch.recording(lambda *launched: launches.append(Launch(*launched)), TARGETS[hardware.target], hardware.name),
     ):
         call()
-    kernel = "moments_kernel" if space.op == "std" else f"{space.op}_kernel"
-    return next(launched for launched in launches if launched.kernel.__name__ == kernel)
+    kernels = ("moments_kernel",) if space.op == "std" else (f"{space.op}_kernel", f"{space.op}_pipeline_kernel")
+    return next(launched for launched in launches if launched.kernel.__name__ in kernels)
 
 
 def compile_kernel(kernel: Kernel) -> Compiled:

@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
@@ -140,7 +141,8 @@ def _specialize(launched: Launch, target: str) -> tuple[ASTSource, dict[str, Any
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, options, bound, specialization, compiler_options
     )
-    return ASTSource(kernel, signature, constants, attributes), parsed.__dict__, key
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, signature, constants, attributes), parsed.__dict__, key
 
 
 def compile_launch(launched: Launch, target: str) -> Any:

@@ -1,0 +1,184 @@
+"""The product of ``ops/matmul.py`` with an output converter, or a bound, as a pipeline (SEMANTICS 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from triton_analog.lang import DYNAMIC_RANGE
+from triton_analog.launch import cdiv, launch, multiprocessors
+from triton_analog.ops.hopper.output_stage import fetch_coefficients, finish_slice, range_of_row, store_rows
+from triton_analog.ops.hopper.pipeline import (
+    DEPTH,
+    ROWS,
+    multiply_step,
+    producer,
+    tile_of,
+    wait_for_product,
+)
+from triton_analog.ops.hopper.registers import numbers_of_threads, place_of_thread
+
+
+class Tile(NamedTuple):
+    """What a program works on at a time, and with what."""
+
+    CONSUMERS: int
+    """Warpgroups, each with 64 rows."""
+    COLUMNS: int
+    STAGES: int
+    REGISTERS: int
+    """Of a consumer's threads; a multiprocessor has 64 K."""
+    PRODUCER_REGISTERS: int
+
+
+def tile_for(slices: int) -> Tile:
+    """A consumer's registers hold a product of 64 x 256 numbers, or one of 64 x 128 and the sum over slices beside it."""
+    return Tile(2, 256, 4, 240, 24) if slices == 1 else Tile(3, 128, 5, 160, 32)
+
+
+def swizzled(matrix: Tensor, rows: int) -> TensorDescriptor:
+    """``matrix [M, K]`` in boxes of ``rows`` and 128 bytes, as tensor cores read them from shared memory."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(matrix, [rows, DEPTH.value], layout)
+
+
+@gluon.jit
+def consume_slice(
+    sums, s, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m, t,
+    M, N, S, steps, columns, out_q_max,
+    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """``sums`` with slice ``s``, and where in the ring the next one begins."""
+    ranges = (0.0, 0.0)
+    if MODE == DYNAMIC_RANGE:
+        ranges = (range_of_row(range_ptr, s, m, M), range_of_row(range_ptr, s, m + 8, M))
+    acc = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
+    for step in range(steps):
+        acc, stage, phase = multiply_step(
+            acc, step == 0, a_buffers, b_buffers, ready, empty, stage, phase, CONSUMER, CONSUMERS, STAGES
+        )
+        if step == 0:  # the product runs meanwhile
+            fetch_coefficients(buffers, coefficient_ptr, s, first_n, S, columns, NOISE, 3 * CONSUMER, COLUMNS)
+    acc = wait_for_product(acc, empty, stage, STAGES)
+    sums = finish_slice(
+        numbers_of_threads(acc, COLUMNS), sums, ranges, buffers, seed, mask_ptr, s, first_n, m, t, M, N, out_q_max,
+        MODE, DAC, NOISE, ADC, MASK, 3 * CONSUMER, COLUMNS,
+    )  # fmt: skip
+    return sums, stage, phase
+
+
+@gluon.jit
+def consumer(
+    args, MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, BIAS: gl.constexpr,
+    WIDE: gl.constexpr, ONE_SLICE: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """Products and output stages of 64 rows of every tile."""
+    (
+        a_buffers, b_buffers, ready, empty, buffers, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps,
+        columns, out_q_max,
+    ) = args  # fmt: skip
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
+    )
+    blocks_m = gl.cdiv(M, ROWS * CONSUMERS)
+    blocks_n = gl.cdiv(N, COLUMNS)
+    r, t = place_of_thread(LAYOUT, COLUMNS)
+    seed = gl.load(seed_ptr).to(gl.uint64, bitcast=True) if NOISE else 0
+    nothing = t.to(gl.float32) * 0.0
+    stage, phase = 0, 0
+    for tile in range(gl.program_id(0), blocks_m * blocks_n, gl.num_programs(0)):
+        block_m, block_n = tile_of(tile, blocks_m, blocks_n, GROUP_M)
+        first_n = block_n * COLUMNS
+        m = (block_m * CONSUMERS + CONSUMER) * ROWS + r
+        sums = ()
+        for _ in gl.static_range(COLUMNS // 2):
+            sums = sums + (nothing,)
+        if ONE_SLICE:  # no second accumulator then
+            sums, stage, phase = consume_slice(
+                sums, 0, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m,
+                t, M, N, S, steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT,
+            )  # fmt: skip
+        else:
+            for s in range(S):
+                sums, stage, phase = consume_slice(
+                    sums, s, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr,
+                    first_n, m, t, M, N, S, steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, CONSUMER, CONSUMERS, COLUMNS,
+                    STAGES, LAYOUT,
+                )  # fmt: skip
+        store_rows(sums, bias_ptr, y_ptr, first_n, m, t, M, N, BIAS, WIDE, COLUMNS)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def matmul_pipeline_kernel(
+    x, w, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, K, S, steps, columns, out_q_max,
+    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, BIAS: gl.constexpr,
+    WIDE: gl.constexpr, ONE_SLICE: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """``x``: prepared, each slice padded with zeros to ``steps`` blocks; ``w [N, K]``; both as descriptors."""
+    a_buffers = gl.allocate_shared_memory(x.dtype, [STAGES * CONSUMERS, ROWS, DEPTH], x.layout)
+    b_buffers = gl.allocate_shared_memory(w.dtype, [STAGES, COLUMNS, DEPTH], w.layout)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    buffers = gl.allocate_shared_memory(gl.float32, [3 * CONSUMERS, COLUMNS // 2, 2], FLAT)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    args = (
+        a_buffers, b_buffers, ready, empty, buffers, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps,
+        columns, out_q_max,
+    )  # fmt: skip
+    loads = (x, w, a_buffers, b_buffers, ready, empty, M, N, K, S, steps)
+    # Constants stay constants only if they are named here.
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consumer, (args, MODE, DAC, NOISE, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 0)),
+            (consumer, (args, MODE, DAC, NOISE, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 1)),
+            (producer, (loads, CONSUMERS, COLUMNS, STAGES, GROUP_M)),
+        ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (args, MODE, DAC, NOISE, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 0)),
+            (consumer, (args, MODE, DAC, NOISE, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 1)),
+            (consumer, (args, MODE, DAC, NOISE, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 2)),
+            (producer, (loads, CONSUMERS, COLUMNS, STAGES, GROUP_M)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
+def launch_product(
+    operand: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_range: Tensor | None,
+    coefficients: Tensor,
+    seed: Tensor | None,
+    y: Tensor,
+    mask: Tensor,
+    features: int,
+    slices: int,
+    out_q_max: float,
+    group_m: int,
+    flags: dict[str, int | bool],
+) -> None:
+    """Fill ``y [M, N]`` and the saturation ``mask``, if it is not empty.
+
+    ``operand``: the prepared input, each slice padded with zeros to whole steps. ``coefficients [3, S, columns]``: whole tiles of
+    columns. ``flags``: the kernel's.
+    """
+    (M, N), tile, columns = y.shape, tile_for(slices), coefficients.shape[2]
+    tiles = cdiv(M, ROWS.value * tile.CONSUMERS) * (columns // tile.COLUMNS)
+    launch(
+        matmul_pipeline_kernel, (min(tiles, multiprocessors(y.device)),), y.device, swizzled(operand, ROWS.value),
+        swizzled(weight, tile.COLUMNS), None if bias is None else bias.contiguous(), input_range, coefficients, seed, y, mask,
+        M, N, features, slices, operand.shape[1] // slices // DEPTH.value, columns, out_q_max,
+        **{name: flags[name] for name in ("MODE", "DAC", "NOISE", "ADC")}, MASK=mask.numel() > 0, BIAS=bias is not None,
+        WIDE=N % 8 == 0, ONE_SLICE=slices == 1, **tile._asdict(), GROUP_M=group_m, num_warps=4,
+    )  # fmt: skip

@@ -23,6 +23,7 @@ import triton_analog.ops.hopper.matmul as pipeline
 import triton_analog.reference as reference
 from triton_analog.lang import (
     DYNAMIC_RANGE,
+    NO_RANGE,
     OUTPUT_STREAM,
     STATIC_RANGE,
     TINY,
@@ -381,6 +382,20 @@ def matmul_kernel(
             )  # fmt: skip
 
 
+def launch_padding(weight: Tensor, slices: int, width: int) -> Tensor:
+    """``weight`` with each slice padded with zeros to ``width`` columns."""
+    (N, K), columns = weight.shape, slices * width
+    out = torch.empty(N, columns, dtype=weight.dtype, device=weight.device)
+    tiles = choose(DAC_SPACE, weight.device, weight.dtype, (N, width), (False,))
+    blocks = cdiv(N, tiles.BLOCK_M), cdiv(width, tiles.BLOCK_K)
+    launch(
+        matmul_prepare_kernel, (slices * blocks[0] * blocks[1],), weight.device, weight, None, out, None, None, None, None, None,
+        N, 0, K, slices, *weight.stride(), width, *blocks, 0, 1, 1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, MODE=NO_RANGE, DAC=False,
+        NOISE=False, BOUND=False, ADC=False, INT8=False, ALIGNED=aligned(K, slices), BLOCK_N=16, **vars(tiles),
+    )  # fmt: skip
+    return out
+
+
 def launch_matmul(
     x: Tensor,
     weight: Tensor,
@@ -407,9 +422,9 @@ def launch_matmul(
     dynamic = input_range is not None and input_range.ndim == 2
     sizes, switches = (M, N, cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
     config = config or choose(SPACE, x.device, weight.dtype, sizes, switches)
-    if config.PIPELINED and not (M > 0 and out_bound > 0 and describable(weight)):
+    if config.PIPELINED and not (M > 0 and out_bound > 0):
         config = _plain_config(Problem(hardware(x.device), weight.dtype, sizes, switches))
-    tile = pipeline.tile_for(slices)
+    tile = pipeline.tile_for(slices, out_noise > 0)
     block_k, tile_columns = (
         (pipeline.DEPTH.value, tile.COLUMNS) if config.PIPELINED else (config.BLOCK_K, config.BLOCK_N)
     )
@@ -449,8 +464,11 @@ def launch_matmul(
     y = new(M, N, dtype=x.dtype)
     mask = new(*mask_shape(slices if out_bound > 0 and needs_mask else 0, M, N), dtype=torch.int32)
     if config.PIPELINED:
+        assert coefficients is not None
+        if not (describable(weight) and slices_describable(weight, slices)):
+            weight = launch_padding(weight, slices, width)
         pipeline.launch_product(
-            operand, weight, bias, input_range, coefficients, seed, y, mask, K, slices, out_q_max, config.GROUP_M, flags
+            operand, weight, bias, input_range, coefficients, seed, y, mask, slices, out_q_max, config.GROUP_M, flags
         )
         return y, mask
     options = dict(vars(config))

@@ -68,14 +68,14 @@ def consume_slice(
         # The product runs meanwhile.
         if step == 0:
             fetch_coefficients(buffers, coefficient_ptr, s, first_n, S, columns, NOISE, 3 * CONSUMER, COLUMNS)
-        if AHEAD:  # the last ones again if there are more steps: a branch here would make the compiler wait for the product
-            group = gl.minimum(step, COLUMNS // 16 - 1)
-            make_ahead(slots.index(CONSUMER * (COLUMNS // 16) + group), counters, group)
+        if AHEAD:
+            if step < COLUMNS // 16:
+                make_ahead(slots.index(CONSUMER * (COLUMNS // 16) + step), counters, step)
         acc, stage, phase = wait_for_one_before(acc, step == 0, empty, stage, phase, STAGES)
+    acc = wait_for_product(acc, empty, stage, STAGES)
     if AHEAD:
         for group in range(steps, COLUMNS // 16):
             make_ahead(slots.index(CONSUMER * (COLUMNS // 16) + group), counters, group)
-    acc = wait_for_product(acc, empty, stage, STAGES)
     sums = finish_slice(
         numbers_of_threads(acc, COLUMNS), sums, ranges, buffers, slots, counters, mask_ptr, s, first_n, m, t, M, N, out_q_max,
         MODE, DAC, NOISE, ADC, MASK, AHEAD, CONSUMER, COLUMNS,

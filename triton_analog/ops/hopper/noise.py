@@ -70,7 +70,9 @@ def read_ahead(slot, like):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
     four = slot.load(LAYOUT).reshape([4, 8, 4, 2, 2])
     even, odd = gl.split(four)
-    packed = gl.split(even) + gl.split(odd)
+    word0, word2 = gl.split(even)
+    word1, word3 = gl.split(odd)
+    packed = (word0, word1, word2, word3)
     out = ()
     for i in gl.static_range(4):
         word = gl.convert_layout(packed[i], like.type.layout, assert_trivial=True)

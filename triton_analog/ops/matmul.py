@@ -95,7 +95,9 @@ def _can_be_pipelined(problem: Problem) -> bool:
 
 def default_config(problem: Problem) -> MatmulConfig:
     rows, columns, _ = problem.sizes
-    if _can_be_pipelined(problem) and min(rows, columns) >= 128:
+    noise = problem.flags[1]
+    # Below, too few multiprocessors have a tile to work on; noise costs most in a tile's end, which the last ones wait for.
+    if _can_be_pipelined(problem) and rows * columns >= (4_500_000 if noise else 3_200_000):
         return PIPELINED
     return _plain_config(problem)
 
@@ -424,7 +426,7 @@ def launch_matmul(
     config = config or choose(SPACE, x.device, weight.dtype, sizes, switches)
     if config.PIPELINED and not (M > 0 and out_bound > 0):
         config = _plain_config(Problem(hardware(x.device), weight.dtype, sizes, switches))
-    tile = pipeline.tile_for(slices, out_noise > 0)
+    tile = pipeline.tile_for(slices)
     block_k, tile_columns = (
         (pipeline.DEPTH.value, tile.COLUMNS) if config.PIPELINED else (config.BLOCK_K, config.BLOCK_N)
     )

@@ -10,17 +10,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from triton_analog.lang import DYNAMIC_RANGE, OUTPUT_STREAM
+from triton_analog.lang import DYNAMIC_RANGE
 from triton_analog.launch import cdiv, launch, multiprocessors
-from triton_analog.ops.hopper.noise import counters_of, make_ahead
 from triton_analog.ops.hopper.output_stage import fetch_coefficients, finish_slice, range_of_row, store_rows
 from triton_analog.ops.hopper.pipeline import (
     DEPTH,
     ROWS,
+    multiply_step,
     producer,
-    start_product,
     tile_of,
-    wait_for_one_before,
     wait_for_product,
 )
 from triton_analog.ops.hopper.registers import numbers_of_threads, place_of_thread
@@ -38,10 +36,9 @@ class Tile(NamedTuple):
     PRODUCER_REGISTERS: int
 
 
-def tile_for(slices: int, noise: bool) -> Tile:
-    """A consumer's registers hold a product of 64 x 256 numbers, or one of 64 x 128 and the sum over slices beside it: then there
-    is no room for making noise in the output stage, and what is made ahead takes the shared memory of a stage."""
-    return Tile(2, 256, 4, 240, 24) if slices == 1 else Tile(3, 128, 4 if noise else 5, 160, 32)
+def tile_for(slices: int) -> Tile:
+    """A consumer's registers hold a product of 64 x 256 numbers, or one of 64 x 128 and the sum over slices beside it."""
+    return Tile(2, 256, 4, 240, 24) if slices == 1 else Tile(3, 128, 5, 160, 32)
 
 
 def swizzled(matrix: Tensor, rows: int) -> TensorDescriptor:
@@ -52,33 +49,26 @@ def swizzled(matrix: Tensor, rows: int) -> TensorDescriptor:
 
 @gluon.jit
 def consume_slice(
-    sums, s, stage, phase, a_buffers, b_buffers, ready, empty, buffers, slots, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m, t,
+    sums, s, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m, t,
     M, N, S, steps, columns, out_q_max,
-    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, AHEAD: gl.constexpr,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """``sums`` with slice ``s``, and where in the ring the next one begins."""
     ranges = (0.0, 0.0)
     if MODE == DYNAMIC_RANGE:
         ranges = (range_of_row(range_ptr, s, m, M), range_of_row(range_ptr, s, m + 8, M))
-    counters = counters_of(seed, OUTPUT_STREAM, s, m, first_n, t) if NOISE else 0
     acc = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
     for step in range(steps):
-        acc = start_product(acc, step == 0, a_buffers, b_buffers, ready, stage, phase, CONSUMER, CONSUMERS)
-        # The product runs meanwhile.
-        if step == 0:
+        acc, stage, phase = multiply_step(
+            acc, step == 0, a_buffers, b_buffers, ready, empty, stage, phase, CONSUMER, CONSUMERS, STAGES
+        )
+        if step == 0:  # the product runs meanwhile
             fetch_coefficients(buffers, coefficient_ptr, s, first_n, S, columns, NOISE, 3 * CONSUMER, COLUMNS)
-        if AHEAD:
-            if step < COLUMNS // 16:
-                make_ahead(slots.index(CONSUMER * (COLUMNS // 16) + step), counters, step)
-        acc, stage, phase = wait_for_one_before(acc, step == 0, empty, stage, phase, STAGES)
     acc = wait_for_product(acc, empty, stage, STAGES)
-    if AHEAD:
-        for group in range(steps, COLUMNS // 16):
-            make_ahead(slots.index(CONSUMER * (COLUMNS // 16) + group), counters, group)
     sums = finish_slice(
-        numbers_of_threads(acc, COLUMNS), sums, ranges, buffers, slots, counters, mask_ptr, s, first_n, m, t, M, N, out_q_max,
-        MODE, DAC, NOISE, ADC, MASK, AHEAD, CONSUMER, COLUMNS,
+        numbers_of_threads(acc, COLUMNS), sums, ranges, buffers, seed, mask_ptr, s, first_n, m, t, M, N, out_q_max,
+        MODE, DAC, NOISE, ADC, MASK, 3 * CONSUMER, COLUMNS,
     )  # fmt: skip
     return sums, stage, phase
 
@@ -91,7 +81,7 @@ def consumer(
 ):  # fmt: skip
     """Products and output stages of 64 rows of every tile."""
     (
-        a_buffers, b_buffers, ready, empty, buffers, slots, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps,
+        a_buffers, b_buffers, ready, empty, buffers, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps,
         columns, out_q_max,
     ) = args  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -112,14 +102,14 @@ def consumer(
             sums = sums + (nothing,)
         if ONE_SLICE:  # no second accumulator then
             sums, stage, phase = consume_slice(
-                sums, 0, stage, phase, a_buffers, b_buffers, ready, empty, buffers, slots, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m,
-                t, M, N, S, steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, NOISE and not ONE_SLICE, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT,
+                sums, 0, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m,
+                t, M, N, S, steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT,
             )  # fmt: skip
         else:
             for s in range(S):
                 sums, stage, phase = consume_slice(
-                    sums, s, stage, phase, a_buffers, b_buffers, ready, empty, buffers, slots, range_ptr, coefficient_ptr, seed, mask_ptr,
-                    first_n, m, t, M, N, S, steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, NOISE and not ONE_SLICE, CONSUMER, CONSUMERS, COLUMNS,
+                    sums, s, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr,
+                    first_n, m, t, M, N, S, steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, CONSUMER, CONSUMERS, COLUMNS,
                     STAGES, LAYOUT,
                 )  # fmt: skip
         store_rows(sums, bias_ptr, y_ptr, first_n, m, t, M, N, BIAS, WIDE, COLUMNS)
@@ -137,15 +127,13 @@ def matmul_pipeline_kernel(
     b_buffers = gl.allocate_shared_memory(w.dtype, [STAGES, COLUMNS, DEPTH], w.layout)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     buffers = gl.allocate_shared_memory(gl.float32, [3 * CONSUMERS, COLUMNS // 2, 2], FLAT)
-    AHEAD: gl.constexpr = NOISE and not ONE_SLICE
-    slots = gl.allocate_shared_memory(gl.int32, [CONSUMERS * (COLUMNS // 16) if AHEAD else 1, 128, 4], FLAT)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     args = (
-        a_buffers, b_buffers, ready, empty, buffers, slots, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps,
+        a_buffers, b_buffers, ready, empty, buffers, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps,
         columns, out_q_max,
     )  # fmt: skip
     loads = (x, w, a_buffers, b_buffers, ready, empty, M, N, K, S, steps)
@@ -184,7 +172,7 @@ def launch_product(
     ``operand``: the prepared input, each slice padded with zeros to whole steps. ``weight``: slices that begin at multiples of 16
     bytes. ``coefficients [3, S, columns]``: whole tiles of columns. ``flags``: the kernel's.
     """
-    (M, N), tile, columns = y.shape, tile_for(slices, bool(flags["NOISE"])), coefficients.shape[2]
+    (M, N), tile, columns = y.shape, tile_for(slices), coefficients.shape[2]
     tiles = cdiv(M, ROWS.value * tile.CONSUMERS) * (columns // tile.COLUMNS)
     launch(
         matmul_pipeline_kernel, (min(tiles, multiprocessors(y.device)),), y.device, swizzled(operand, ROWS.value),

@@ -4,8 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language import PropagateNan
 
-from triton_analog.lang import DYNAMIC_RANGE, POLAR_UNIT, TINY
-from triton_analog.ops.hopper.noise import philox, polar, read_ahead
+from triton_analog.lang import DYNAMIC_RANGE, OUTPUT_STREAM, POLAR_UNIT, TINY
+from triton_analog.ops.hopper.noise import philox, polar
 from triton_analog.ops.hopper.registers import numbers_of_columns, pack, store_transposed
 
 ALL = gl.constexpr(PropagateNan.ALL)
@@ -39,7 +39,7 @@ def fetch_coefficients(
     PAIRS: gl.constexpr = [COLUMNS // 2, 2]
     buffers.index(FIRST + 0).store(gl.load(at).reshape(PAIRS))
     if NOISE:
-        buffers.index(FIRST + 1).store(gl.load(at + S * columns).reshape(PAIRS))
+        buffers.index(FIRST + 1).store((gl.load(at + S * columns) * POLAR_UNIT).reshape(PAIRS))
     buffers.index(FIRST + 2).store(gl.load(at + 2 * S * columns).reshape(PAIRS))
 
 
@@ -58,41 +58,33 @@ def inverse(r):
 
 @gluon.jit
 def finish_columns(
-    products, sums, passed, ranges, inverses, buffers, slots, counters, t, out_q_max,
-    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, AHEAD: gl.constexpr,
-    CONSUMER: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
+    products, sums, passed, ranges, inverses, buffers, counters, m, t, out_q_max,
+    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, FIRST: gl.constexpr,
+    G: gl.constexpr,
 ):  # fmt: skip
-    """:func:`finish_slice` for columns ``16 * GROUP`` to ``16 * GROUP + 15``, whose numbers ``products`` and ``sums`` are."""
+    """:func:`finish_slice` for columns ``16 * G`` to ``16 * G + 15``, whose numbers ``products`` and ``sums`` are."""
     limit = gl.floor(t * 0.0 + out_q_max) + 0.5
     upper, lower = passed
     out = ()
-    if NOISE:
-        if AHEAD:
-            normals = read_ahead(slots.index(CONSUMER * GROUPS + GROUP), t)
-        else:
-            row, column, plane, stream, key0, key1 = counters
-            words = philox(row, column + 4 * GROUP, plane, stream, key0, key1)
     for j in gl.static_range(2):
-        factors = numbers_of_columns(buffers.index(3 * CONSUMER), 2 * GROUP + j, t)
-        steps = numbers_of_columns(buffers.index(3 * CONSUMER + 2), 2 * GROUP + j, t)
-        noises = ()
+        factors = numbers_of_columns(buffers.index(FIRST), 2 * G + j, t)
+        steps = numbers_of_columns(buffers.index(FIRST + 2), 2 * G + j, t)
         if NOISE:
-            deviations = numbers_of_columns(buffers.index(3 * CONSUMER + 1), 2 * GROUP + j, t)
-            for l in gl.static_range(2):  # noqa: E741
-                if AHEAD:
-                    z = normals[2 * j + l]
-                    noises = noises + ((z[0] * deviations[l], z[1] * deviations[l]),)
-                else:
-                    radius, cosine, sine = polar(words[2 * j + l])
-                    radius *= deviations[l] * POLAR_UNIT
-                    noises = noises + ((radius * cosine, radius * sine),)
+            if j == 0:
+                row, column, plane, stream, key0, key1 = counters
+                words = philox(row, column + 4 * G, plane, stream, key0, key1)
+            radius0, cosine0, sine0 = polar(words[2 * j])
+            radius1, cosine1, sine1 = polar(words[2 * j + 1])
+            deviations = numbers_of_columns(buffers.index(FIRST + 1), 2 * G + j, t)
+            radii = (radius0 * deviations[0], radius1 * deviations[1])
+            directions = (cosine0, cosine1, sine0, sine1)
         for h in gl.static_range(2):
             for l in gl.static_range(2):  # noqa: E741
                 v = products[4 * j + 2 * h + l] * factors[l]
                 if MODE == DYNAMIC_RANGE and not DAC:
                     v *= inverses[h]
                 if NOISE:
-                    v += noises[l][h]
+                    v += radii[l] * directions[2 * h + l]
                 if ADC:
                     v = (v + MAGIC) - MAGIC
                     # Negative, its highest bit set, where the converter passes; NaN is positive.
@@ -113,12 +105,17 @@ def finish_columns(
 
 @gluon.jit
 def finish_slice(
-    products, sums, ranges, buffers, slots, counters, mask_ptr, s, first_n, m, t, M, N, out_q_max,
-    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, AHEAD: gl.constexpr,
-    CONSUMER: gl.constexpr, COLUMNS: gl.constexpr,
+    products, sums, ranges, buffers, seed, mask_ptr, s, first_n, m, t, M, N, out_q_max,
+    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, FIRST: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """``sums`` plus what one slice's ``products`` become; both as :func:`numbers_of_threads` orders them. ``ranges`` are those of
     the thread's two rows, of which ``m`` is the first."""
+    row = (m // 16 * 8 + m % 8).to(gl.uint32)
+    counters = (row, (first_n // 4 + t).to(gl.uint32), row * 0 + s, row * 0 + OUTPUT_STREAM, 0, 0)
+    if NOISE:
+        keys = (seed & 0xFFFFFFFF).to(gl.uint32), (seed >> 32).to(gl.uint32)
+        counters = (row, (first_n // 4 + t).to(gl.uint32), row * 0 + s, row * 0 + OUTPUT_STREAM, keys[0], keys[1])
     inverses = (0.0, 0.0)
     if MODE == DYNAMIC_RANGE and not DAC:
         inverses = (inverse(ranges[0]), inverse(ranges[1]))
@@ -130,8 +127,8 @@ def finish_slice(
         new = sums[8 * g : 8 * g + 8]
         if N > g - COLUMNS:  # always; without, the compiler works on all columns at once and runs out of registers
             new, passed = finish_columns(
-                products[8 * g : 8 * g + 8], new, passed, ranges, inverses, buffers, slots, counters, t, out_q_max,
-                MODE, DAC, NOISE, ADC, MASK, AHEAD, CONSUMER, g, COLUMNS // 16,
+                products[8 * g : 8 * g + 8], new, passed, ranges, inverses, buffers, counters, m, t, out_q_max,
+                MODE, DAC, NOISE, ADC, MASK, FIRST, g,
             )  # fmt: skip
         out = out + new
         if MASK and g % 8 == 7:

@@ -64,18 +64,14 @@ def producer(loads, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.c
 
 
 @gluon.jit
-def start_product(
-    acc, is_first, a_buffers, b_buffers, ready, stage, phase, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr
-):
-    """Start the product of a stage once it is loaded."""
+def multiply_step(
+    acc, is_first, a_buffers, b_buffers, ready, empty, stage, phase,
+    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start the product of a stage, and give back the stage before once its product is done."""
     mbarrier.wait(ready.index(stage), phase)
     a, b = a_buffers.index(stage * CONSUMERS + CONSUMER), b_buffers.index(stage).permute((1, 0))
-    return warpgroup_mma(a, b, acc, use_acc=is_first == 0, is_async=True)
-
-
-@gluon.jit
-def wait_for_one_before(acc, is_first, empty, stage, phase, STAGES: gl.constexpr):
-    """Give back the stage before once its product is done, and go to the next."""
+    acc = warpgroup_mma(a, b, acc, use_acc=is_first == 0, is_async=True)
     acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
     mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), pred=is_first == 0)
     stage, phase = next_stage(stage, phase, STAGES)

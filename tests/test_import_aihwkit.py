@@ -197,13 +197,14 @@ def test_mode_and_frozen_parameters_stay(aihwkit):
             "modifier.noise_type": WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL,
             "modifier.std_dev": 0.03,
         },
+        {"forward.inp_noise": 0.02},
         {"forward.out_noise": 0.04},
         {"forward.out_noise": 0.04, "forward.out_noise_per_channel": True, "clip.type": PER_CHANNEL},
     ],
 )
 def test_there_and_back(aihwkit, changes, tile):
     model = make_model(make_config(changes | {"mapping.max_input_size": tile}))
-    ours = quiet_import(quietly(model, out_noise=True))
+    ours = quiet_import(quietly(model, out_noise=True, inp_noise=True))
     assert_same_outputs(model, ours)
     for before, after in ((model[0], ours[0]), (model[2], ours[2])):
         expected = before.rpu_config
@@ -244,14 +245,15 @@ def test_convolutions_there_and_back(aihwkit, conv):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"forward.inp_noise": 0.1}, "forward.inp_noise: got 0.1, .*set it to 0.0"),
-        ({"forward.inp_sto_round": True}, "forward.inp_sto_round: got True"),
         ({"forward.inp_asymmetry": 0.1}, "forward.inp_asymmetry: got 0.1"),
         ({"forward.out_noise_std": 0.1}, "forward.out_noise_std: got 0.1"),
         ({"forward.out_sto_round": True}, "forward.out_sto_round: got True"),
         ({"forward.out_scale": 2.0}, "forward.out_scale: got 2.0, .*set it to 1.0"),
         ({"forward.out_asymmetry": 0.1}, "forward.out_asymmetry: got 0.1"),
-        ({"forward.bound_management": "ITERATIVE"}, "forward.bound_management: got ITERATIVE"),
+        (
+            {"forward.bound_management": "ITERATIVE"},
+            "forward.bound_management: got ITERATIVE, .*set it to NONE, .*up to ten",
+        ),
         ({"forward.noise_management": "MAX"}, "forward.noise_management: got MAX"),
         ({"forward.noise_management": "ABS_MAX"}, "forward.noise_management: got ABS_MAX, .*disable the input range"),
         (
@@ -277,6 +279,7 @@ def test_a_setting_that_acts_in_evaluation_is_refused(aihwkit, changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"forward.inp_noise": 0.1}, "forward.inp_noise: acts in training only"),
         ({"forward.out_noise": 0.1}, "forward.out_noise: acts in training only"),
         ({"modifier.type": "MULT_NORMAL"}, "modifier.type MULT_NORMAL: left out"),
         ({"modifier.type": "DISCRETIZE", "modifier.res": 0.1}, "modifier.type DISCRETIZE: left out"),

@@ -261,7 +261,8 @@ def test_a_misspelt_field_is_an_error_and_not_ignored() -> None:
 def full() -> TorchInferenceRPUConfig:
     """A config without a single default."""
     return with_range(
-        forward__inp_res=1 / 254, forward__out_noise=0.1, forward__out_noise_per_channel=True, forward__out_bound=12,
+        forward__inp_res=1 / 254, forward__inp_noise=0.1, forward__inp_sto_round=True,
+        forward__out_noise=0.1, forward__out_noise_per_channel=True, forward__out_bound=12,
         forward__out_res=510, forward__save_input=SavedInput.INT8, modifier__refresh=WeightNoiseRefresh.STEP,
         clip__sigma=2.5, clip__type=WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL,
         modifier__std_dev=0.03, modifier__res=62, modifier__noise_type=WeightNoiseInjectionType.ADD_NORMAL,

@@ -220,6 +220,26 @@ def test_there_and_back(aihwkit, changes, tile):
             assert torch.equal(after.input_range_update_idx, before.input_range_update_idx)
 
 
+def test_stochastic_rounding_there_and_back(aihwkit):
+    """It acts in evaluation on both sides."""
+    model = make_model(make_config({"forward.inp_sto_round": True}))
+    exported = quietly(model)
+    assert all(tile.rpu_config.forward.inp_sto_round for tile in exported.analog_tiles())
+    ours = quiet_import(exported)
+    assert ours[0].rpu_config == model[0].rpu_config
+    x = torch.randn(IN).expand(4000, IN)
+    with torch.no_grad():
+        for one in (exported[0](x), ours[0](x)):
+            torch.testing.assert_close(one.mean(0), model[0](x).mean(0), rtol=0, atol=0.02)
+            assert (one != one[0]).any()
+
+
+def test_input_noise_with_the_bound_of_the_dac_for_a_range(aihwkit):
+    changes = {"pre_post.input_range.enable": False, "forward.inp_bound": 1.6, "forward.inp_noise": 0.08}
+    ours = quiet_import(their_model(aihwkit, their_config(changes)))
+    assert ours[0].rpu_config.forward.inp_noise == pytest.approx(0.05)
+
+
 @pytest.mark.parametrize("quantization", ["DISCRETIZE", "DISCRETIZE_PER_CHANNEL"])
 def test_quantized_weights_come_back_quantized_for_good(aihwkit, quantization):
     changes = {"modifier.quantization_type": WeightQuantizationType[quantization], "modifier.res": 15}

@@ -315,24 +315,6 @@ def test_output_noise_is_off_in_evaluation_unless_asked_for(aihwkit):
     assert_same_outputs(model, exported, x)
 
 
-def test_input_noise_is_exported_on_request(aihwkit):
-    layer = disturb(
-        AnalogLinear(
-            IN,
-            OUT,
-            rpu_config=make_config({"forward.inp_noise": 0.05, "forward.out_bound": 50.0, "forward.out_res": -1}),
-        )
-    )
-    layer.rpu_config.pre_post.input_range.init_from_data = 0
-    with pytest.warns(UserWarning, match=r"forward.inp_noise: left out, .* inp_noise=True"):
-        exported = export_to_aihwkit(layer)
-    x = torch.randn(IN).expand(6000, IN)
-    with torch.no_grad():
-        assert torch.equal(exported(x), exported(x))
-        ours, theirs = layer.train()(x), quietly(layer, inp_noise=True)(x)
-    torch.testing.assert_close(theirs.std(0), ours.std(0), rtol=0.06, atol=0)
-
-
 def test_output_noise_of_another_scale_is_refused(aihwkit):
     model = make_model(make_config({"forward.out_noise": 0.5, "clip.type": PER_CHANNEL}))
     with pytest.raises(

@@ -12,8 +12,9 @@ from helpers import all_dtypes, needs_interpreter, randn, seed_of, tensor
 from test_noise import philox
 
 from triton_analog import ops, reference
-from triton_analog.config import ConfigError, IOParameters, TorchInferenceRPUConfig
+from triton_analog.config import ConfigError, IOParameters, TorchInferenceRPUConfig, WeightQuantizationType
 from triton_analog.functional import analog_linear
+from triton_analog.inference import PCMLikeNoiseModel, program
 from triton_analog.lang import uniform_at, uniform_tile
 from triton_analog.nn import AnalogLinear, AnalogRNN, AnalogVanillaRNNCell
 from triton_analog.ops.dac import DacConfig, launch_dac, launch_dac_steps
@@ -279,18 +280,42 @@ def config_of(**values):
     return config
 
 
-def test_noise_is_for_training_and_rounding_for_evaluation_too(backend, device):
-    x = randn(7, 50, device=device)
-    for values, in_evaluation in (({"inp_noise": 0.1}, False), ({"inp_sto_round": True}, True)):
-        layer = AnalogLinear(50, 9, rpu_config=config_of(**values)).to(device)
-        for training, differs in ((True, True), (False, in_evaluation)):
-            layer.train(training)
-            with torch.no_grad():
-                assert torch.equal(layer(x), layer(x)) != differs
-                torch.manual_seed(1)
-                first = layer(x)
-                torch.manual_seed(1)
-                assert torch.equal(layer(x), first)
+@all_random
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_draw_anew_in_each_forward_also_in_evaluation(training, random, device):
+    x, layer = randn(7, 50, device=device), AnalogLinear(50, 9, rpu_config=config_of(**random)).to(device)
+    layer.train(training)
+    with torch.no_grad():
+        assert not torch.equal(layer(x), layer(x))
+        torch.manual_seed(1)
+        first = layer(x)
+        torch.manual_seed(1)
+        assert torch.equal(layer(x), first)
+
+
+def test_quantized_weights_meet_noise_in_evaluation(backend, device):
+    """Where they would otherwise be multiplied as int8."""
+    config = config_of(inp_noise=0.05)
+    config.modifier.quantization_type, config.modifier.res = WeightQuantizationType.DISCRETIZE_PER_CHANNEL, 254
+    layer, x = AnalogLinear(50, 9, rpu_config=config).to(device).eval(), randn(50, device=device).expand(500, 50)
+    with torch.no_grad():
+        noise = (
+            0.05
+            * layer.input_range.abs()[:, None]
+            * torch.stack([w.norm(dim=1) for w in layer.weight.split([17, 17, 16], 1)])
+        )
+        torch.testing.assert_close(layer(x).std(0), noise.norm(dim=0), rtol=0.2, atol=0)
+
+
+def test_a_chip_has_them_and_stays_what_it_holds(device):
+    layer = AnalogLinear(50, 9, rpu_config=config_of(inp_noise=0.05, inp_sto_round=True)).to(device)
+    chip, x = program(layer, PCMLikeNoiseModel(), seed=1), randn(4, 50, device=device)
+    with torch.no_grad():
+        assert not torch.equal(chip(x), chip(x))
+        assert torch.equal(
+            chip.model.programmed.as_(torch.float32, False)[0],
+            program(layer, PCMLikeNoiseModel(), seed=1).model.programmed.as_(torch.float32, False)[0],
+        )
 
 
 def test_groups_have_numbers_of_their_own(backend, device):

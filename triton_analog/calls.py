@@ -53,9 +53,8 @@ class Numbers(NamedTuple):
     @property
     def draws_signals(self) -> bool:
         """Whether chance decides something of the inputs or the outputs."""
-        return (self.training and (self.inp_noise > 0 or self.out_noise > 0)) or (
-            self.inp_sto_round and self.inp_res > 0
-        )
+        rounds = self.inp_sto_round and self.inp_res > 0
+        return rounds or self.inp_noise > 0 or (self.training and self.out_noise > 0)
 
 
 class _Forward(NamedTuple):
@@ -316,7 +315,7 @@ def _checked(
         )
     check.wmax_shape("tile_weight[1]", tile_wmax, slices, weight.shape[0])
     if not training:
-        inp_noise, out_noise, weight_noise = 0.0, 0.0, "none"
+        out_noise, weight_noise = 0.0, "none"
     inp_sto_round = inp_sto_round and inp_res > 0
     packed = None if patches is None else patches.numbers()
     return _Settings(

@@ -144,7 +144,7 @@ def analog_linear(
         weight_clip: ``[S, N]``, a learned clip per slice and channel; it replaces the weight's largest magnitude.
         max_input_size: Rows of a tile: ``S = ceil(K / max_input_size)`` slices of nearly equal width; ``<= 0``: one slice.
         inp_res: Input converter: number of steps over ``-r .. r`` (> 1) or its inverse; ``<= 0`` is off. Needs a range.
-        inp_noise: Input noise behind the input converter, a fraction of ``r``; training only. Needs a range.
+        inp_noise: Input noise behind the input converter, a fraction of ``r``; in evaluation too. Needs a range.
         inp_sto_round: The input converter rounds up with the probability of the fraction instead of to the nearest step; in
             evaluation too. Needs ``inp_res``.
         out_noise: Output noise, a fraction of ``r * max|w|``, over all slices together; training only. Needs a range.
@@ -159,7 +159,8 @@ def analog_linear(
         range_decay: Pull of a learned range towards 0 where almost nothing clips.
         input_min_percentage: Share of unclipped inputs above which ``range_decay`` acts.
         fast_mode: Give ``input_range`` the plain gradient of a clamp instead of the learned-range rule.
-        training: Noise is drawn only in training; converters (and how they round), bounds and quantization stay on.
+        training: Noise of weights and outputs is drawn only in training; converters with their input noise, bounds and
+            quantization stay on.
         seed: int64 ``[1]`` on the device of ``x``; None draws one (:func:`draw_seed`). The same seed gives the same
             noise and the same rounding.
         weight_seed: Seed of the weight noise alone, to keep one noise over several calls; default ``seed``.

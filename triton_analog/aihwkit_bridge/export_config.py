@@ -47,7 +47,6 @@ def export_config(
     slices: int,
     max_output_size: int,
     out_noise: bool,
-    inp_noise: bool,
     note: Callable[[str], None],
 ) -> tuple[Any, bool]:
     """The config for the tiles of one layer, and whether their weights are scaled per output channel (else per slice).
@@ -61,7 +60,6 @@ def export_config(
         slices: Its number of slices.
         max_output_size: Most output channels of a tile; ``<= 0`` is no limit.
         out_noise: Whether to export the output noise.
-        inp_noise: Whether to export the input noise.
         note: Takes a sentence on what acts differently in training.
 
     Raises:
@@ -93,7 +91,7 @@ def export_config(
     theirs.mapping.weight_scaling_columnwise = per_channel
 
     theirs.forward.inp_res, theirs.forward.inp_bound = _converter(io.inp_res)
-    theirs.forward.inp_sto_round = io.inp_sto_round
+    theirs.forward.inp_noise, theirs.forward.inp_sto_round = io.inp_noise, io.inp_sto_round
     theirs.forward.out_bound, theirs.forward.out_res = max(io.out_bound, 0.0), io.out_res
     for name in RANGE_FIELDS:
         setattr(theirs.pre_post.input_range, name, getattr(range_, name))
@@ -107,11 +105,6 @@ def export_config(
         theirs.forward.out_noise = io.out_noise / math.sqrt(slices)
     elif io.out_noise > 0:
         note("forward.out_noise: left out, as AIHWKIT adds it in evaluation too; export it with out_noise=True")
-
-    if inp_noise:
-        theirs.forward.inp_noise = io.inp_noise
-    elif io.inp_noise > 0:
-        note("forward.inp_noise: left out, as AIHWKIT adds it in evaluation too; export it with inp_noise=True")
 
     theirs.modifier.std_dev, theirs.modifier.res = modifier.std_dev, modifier.res
     if noise_on and noise_per_channel == per_channel:

@@ -34,9 +34,7 @@ PADDING = {
 """By mode, then by the number of dimensions: torch's layers that pad as a convolution does."""
 
 
-def export_to_aihwkit(
-    model: nn.Module, max_output_size: int = -1, *, out_noise: bool = False, inp_noise: bool = False
-) -> Any:
+def export_to_aihwkit(model: nn.Module, max_output_size: int = -1, *, out_noise: bool = False) -> Any:
     """An AIHWKIT model of ``TorchInferenceRPUConfig`` tiles with the same outputs as ``model`` in evaluation.
 
     Every layer keeps its own config. Input ranges are those of ``model``, tile by tile; weights are those that its forward
@@ -56,7 +54,6 @@ def export_to_aihwkit(
         model: A model with analog layers, or one such layer.
         max_output_size: Most output channels of a tile; ``<= 0`` is no limit.
         out_noise: Export the output noise too, with the same total deviation. AIHWKIT adds it in evaluation as well.
-        inp_noise: Export the input noise too. AIHWKIT adds it in evaluation as well.
 
     Warns:
         UserWarning: settings that act otherwise in training, with the layers that have them.
@@ -76,7 +73,7 @@ def export_to_aihwkit(
         raise ValueError(f"model: {type(model).__name__} has no analog layers; make some with convert_to_analog")
     refuse_chips(model, "an export")
     check_layers(model)
-    exporter = _Exporter(max_output_size, out_noise, inp_noise)
+    exporter = _Exporter(max_output_size, out_noise)
     clone = copy.deepcopy(model)
     exporter.find_ties(clone)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):  # AIHWKIT's constructors draw weights
@@ -92,9 +89,9 @@ def export_to_aihwkit(
 class _Exporter:
     """One export: the layers made so far, and what there is to tell."""
 
-    def __init__(self, max_output_size: int, out_noise: bool, inp_noise: bool) -> None:
+    def __init__(self, max_output_size: int, out_noise: bool) -> None:
         self.aihwkit = load_aihwkit("export_to_aihwkit")
-        self.max_output_size, self.out_noise, self.inp_noise = max_output_size, out_noise, inp_noise
+        self.max_output_size, self.out_noise = max_output_size, out_noise
         self.notes = Notes()
         self.made: dict[int, nn.Module] = {}
 
@@ -235,7 +232,6 @@ class _Exporter:
             layer.slices,
             self.max_output_size,
             self.out_noise,
-            self.inp_noise,
             lambda note: self.notes.add(name, note),
         )
         weight, wmax = ops.weight(

@@ -136,10 +136,8 @@ def _import_io(
         raise _refuse(layer, "forward.inp_bound", io.inp_bound, "set it to 1.0, as inputs are scaled to -1 .. 1")
     if config.forward.inp_res > 0 and fixed_range is not None and not _on_grid(io.inp_res):
         raise _refuse(layer, "forward.inp_res", io.inp_res, "take an even number of steps, such as 2**8 - 2")
+    config.forward.inp_noise = max(io.inp_noise, 0.0) / (fixed_range or 1.0)
     config.forward.inp_sto_round = io.inp_sto_round
-    if io.inp_noise > 0:
-        note("forward.inp_noise: acts in training only")
-        config.forward.inp_noise = io.inp_noise / (fixed_range or 1.0)
     if io.out_noise > 0:
         note("forward.out_noise: acts in training only")
         config.forward.out_noise = float(f"{io.out_noise * root_slices / (fixed_range or 1.0):.12g}")

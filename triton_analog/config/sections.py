@@ -95,10 +95,10 @@ class IOParameters(Section):
     save_input: SavedInput = SavedInput.FULL
     """What the backward keeps of the input."""
     inp_noise: float = 0.0
-    """Standard deviation of the input noise behind the DAC, in units of the input range; training only. 0 is off."""
+    """Standard deviation of the input noise behind the DAC, in units of the input range, in training and evaluation. 0 is off."""
     inp_sto_round: bool = False
-    """Let the DAC round up with the probability of the fraction instead of to the nearest step, in evaluation too; needs
-    ``inp_res``."""
+    """Let the DAC round up with the probability of the fraction instead of to the nearest step, in training and
+    evaluation; needs ``inp_res``."""
 
 
 @dataclass(slots=True)

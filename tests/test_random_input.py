@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import all_dtypes, needs_interpreter, randn, seed_of, tensor
+from helpers import DTYPES, needs_interpreter, randn, seed_of, tensor
 from test_noise import philox
 
 from triton_analog import ops, reference
@@ -22,7 +22,7 @@ from triton_analog.ops.matmul import MatmulConfig, launch_matmul
 from triton_analog.reference.noise import INPUT_STREAM, ROUNDING_STREAM, noise, uniform
 
 ROWS, FEATURES, COLUMNS, SLICES = 19, 50, 21, 3
-RANDOM = [{"inp_sto_round": True}, {"inp_noise": 0.1}, {"inp_noise": 0.1, "inp_sto_round": True}]
+ROUNDED, NOISY, BOTH = RANDOM = [{"inp_sto_round": True}, {"inp_noise": 0.1}, {"inp_noise": 0.1, "inp_sto_round": True}]
 all_random = pytest.mark.parametrize("random", RANDOM, ids=lambda random: "+".join(random))
 both_ranges = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
@@ -108,9 +108,14 @@ def test_noise_is_normal_in_units_of_the_range_and_not_clamped(res, dynamic, bac
     assert torch.unique(z, dim=0).shape == z.shape
 
 
-@both_ranges
-@all_dtypes
-@all_random
+@pytest.mark.parametrize(
+    ("random", "dtype", "dynamic"),
+    [
+        (ROUNDED, torch.float32, False),
+        (NOISY, torch.float32, True),
+        *((BOTH, dtype, dynamic) for dtype in DTYPES for dynamic in (False, True)),
+    ],
+)
 def test_the_formula_element_by_element(random, dtype, dynamic, backend, device, operands):
     x, _, r, seed = operands
     x = x.to(dtype)
@@ -161,7 +166,7 @@ def test_steps_for_the_backward_are_rounded_alike(backend, device, operands):
 @pytest.mark.parametrize("config", [DacConfig(4, 32), DacConfig(16, 32), DacConfig(64, 64)])
 def test_blocks_do_not_change_the_result(config, backend, device, operands):
     x, _, r, seed = operands
-    random = RANDOM[2] | {"seed": seed}
+    random = BOTH | {"seed": seed}
     assert torch.equal(*[launch_dac(x, r, 3, 254, **random, config=c) for c in (None, config)])
     found, expected = ([*launch_dac_steps(x, r, 3, 254, True, seed, config=c)] for c in (None, config))
     assert torch.equal(found[0], expected[0])
@@ -170,12 +175,11 @@ def test_blocks_do_not_change_the_result(config, backend, device, operands):
 # ---- The product and its gradients ------------------------------------------------------------------------------------
 
 
-@both_ranges
-@all_random
-@pytest.mark.parametrize("res", [254, -1])
+@pytest.mark.parametrize(
+    ("random", "dynamic", "res"),
+    [(ROUNDED, False, 254), (BOTH, False, 254), (BOTH, True, 254), (NOISY, False, -1), (NOISY, True, -1)],
+)
 def test_the_product_is_that_of_the_converted_input(res, random, dynamic, backend, device, operands):
-    if res < 0 and "inp_sto_round" in random:
-        return
     x, weight, r, seed = operands
     r = ranges_of(x, r, dynamic)
     converted = ops.dac(x, r, SLICES, res, seed=seed, **random)
@@ -199,8 +203,8 @@ def test_every_configuration_multiplies_the_same_input(backend, device, operands
     """Also one that would convert in the loop, and one whose blocks reach beyond a slice, where noise must not."""
     x, weight, r, seed = operands
     options = {"inp_res": 254.0, "out_noise": 0.0, "noise_wmax": None, "out_bound": 0.0, "bound_wmax": None}
-    options |= {"out_res": -1.0, "seed": seed} | RANDOM[2]
-    expected, _ = reference.matmul(x, weight, None, r, SLICES, inp_res=254, seed=seed, **RANDOM[2])
+    options |= {"out_res": -1.0, "seed": seed} | BOTH
+    expected, _ = reference.matmul(x, weight, None, r, SLICES, inp_res=254, seed=seed, **BOTH)
     for config in (
         MatmulConfig(32, 64, 16, DESCRIPTORS=False),
         MatmulConfig(32, 64, 64, DESCRIPTORS=False),
@@ -221,9 +225,12 @@ def test_int8_products_round_alike_and_have_no_noise(backend, device, operands):
         ops.matmul(x, int8, None, r, SLICES, weight_wmax=wmax, weight_res=254, **options, inp_noise=0.1)
 
 
-@both_ranges
-@all_random
-@pytest.mark.parametrize("save_input", ["full", "int8"])
+@pytest.mark.parametrize(
+    ("random", "dynamic", "save_input"),
+    [
+        (BOTH, False, "full"), (BOTH, True, "full"), (ROUNDED, False, "int8"), (BOTH, False, "int8"), (BOTH, True, "int8"),
+    ],
+)  # fmt: skip
 def test_the_backward_sees_the_forwards_input(save_input, random, dynamic, backend, device, operands):
     """The weight's gradient has it; those of input and range are what they are without chance."""
     x, weight, r, seed = operands
@@ -245,13 +252,12 @@ def test_the_backward_sees_the_forwards_input(save_input, random, dynamic, backe
     assert (found[1] - plain[1]).abs().max() > 1e-3
 
 
-@all_random
-def test_gradients_of_the_single_product_and_of_a_frozen_input(random, backend, device, operands):
+def test_the_weights_gradient_of_a_frozen_input(backend, device, operands):
     x, weight, r, seed = operands
     weight.requires_grad_()
-    y, _ = ops.matmul(x, weight, None, r, SLICES, inp_res=254, seed=seed, **random)
+    y, _ = ops.matmul(x, weight, None, r, SLICES, inp_res=254, seed=seed, **BOTH)
     y.sum().backward()
-    converted = ops.dac(x, r, SLICES, 254, seed=seed, **random)
+    converted = ops.dac(x, r, SLICES, 254, seed=seed, **BOTH)
     torch.testing.assert_close(weight.grad, converted.sum(0).expand_as(weight), rtol=1e-4, atol=1e-4)
 
 
@@ -264,7 +270,7 @@ def test_both_converters_gradients_pass_straight_through(backend, device, operan
         ops.dac(leaf, ranges, SLICES, 254, seed=seed, **random).backward(grad)
         return leaf.grad, ranges.grad
 
-    for one, other in zip(of(**RANDOM[2]), of(), strict=True):
+    for one, other in zip(of(**BOTH), of(), strict=True):
         assert torch.equal(one, other)
 
 

@@ -274,7 +274,7 @@ def test_convolutions_there_and_back(aihwkit, conv):
         ({"forward.out_asymmetry": 0.1}, "forward.out_asymmetry: got 0.1"),
         (
             {"forward.bound_management": "ITERATIVE"},
-            "forward.bound_management: got ITERATIVE, .*set it to NONE, .*up to ten",
+            "forward.bound_management: got ITERATIVE, .*set it to NONE, .*up to eleven",
         ),
         ({"forward.noise_management": "MAX"}, "forward.noise_management: got MAX"),
         ({"forward.noise_management": "ABS_MAX"}, "forward.noise_management: got ABS_MAX, .*disable the input range"),

@@ -370,9 +370,9 @@ def test_the_functional_layer_refuses_noise_without_a_range_and_warns_of_roundin
 
 
 def test_bound_management_is_refused_with_the_reason():
-    with pytest.raises(AttributeError, match=r"bound_management.*up to ten products"):
+    with pytest.raises(AttributeError, match=r"bound_management.*up to eleven products"):
         IOParameters().bound_management = "ITERATIVE"
-    with pytest.raises(TypeError, match=r"bound_management.*up to ten products"):
+    with pytest.raises(TypeError, match=r"bound_management.*up to eleven products"):
         IOParameters(bound_management="ITERATIVE")
-    with pytest.raises(ConfigError, match=r"bound_management.*up to ten products"):
+    with pytest.raises(ConfigError, match=r"bound_management.*up to eleven products"):
         TorchInferenceRPUConfig.from_dict({"forward": {"bound_management": "ITERATIVE"}})

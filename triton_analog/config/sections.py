@@ -19,7 +19,7 @@ from triton_analog.config.errors import ConfigError
 from triton_analog.hints import did_you_mean, warn_user
 
 NOT_SIMULATED = {
-    "bound_management": "it repeats the product of a whole batch with smaller inputs while any output saturates, up to ten "
+    "bound_management": "it repeats the product of a whole batch with smaller inputs while any output saturates, up to eleven "
     "products in a forward, and the host would have to wait for each of them; set forward.out_bound to what hardly saturates"
 }
 """Fields that AIHWKIT has and no config here can have, and why."""

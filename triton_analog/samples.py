@@ -40,6 +40,18 @@ def check_forward(forward: Any) -> None:
         raise TypeError(f"forward: got {forward!r}; a function forward(model, batch) is needed")
 
 
+def check_batches(batches: Any) -> None:
+    """``batches`` are several, and not one of them.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if isinstance(batches, Tensor | Mapping | PackedSequence | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches: got a {type(batches).__name__}; several batches are needed: a DataLoader, or a list, such as [batch]"
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module of ``model`` is in evaluation mode while it lasts, and then in the one that it was in."""

@@ -114,7 +114,7 @@ def by_hand(layer: Any, rows: Tensor) -> dict[str, Any]:
         given.append(analog)
     return {
         "snr_db": decibels(torch.cat(wanted, 1), torch.cat(given, 1)),
-        "kurtosis": kurtosis(matrix),
+        "kurtosis": kurtosis(whole),
         "slices": slices,
     }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -63,6 +64,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """While it lasts, ``model`` evaluates, uncompiled and without gradients. Then modes and torch's generators are what they
+    were."""
+    gpus = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    with (
+        torch.random.fork_rng(gpus),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        evaluating(model),
+    ):
+        yield
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from triton_analog.samples import (
     analog_layers,
     check_batches,
     check_forward,
-    evaluating,
     products_as,
     run_batch,
+    undisturbed,
     with_progress,
 )
 
@@ -76,13 +76,7 @@ def analyze(
     counts = {name: LayerCounts(layer) for name, layer in layers.items()}
     run = partial(run_batch, argument="batches") if forward is None else forward
     seen = 0
-    with (
-        torch.random.fork_rng(_gpus(model)),
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        evaluating(model),
-        products_as((layers[name], found.matmul) for name, found in counts.items()),
-    ):
+    with undisturbed(model), products_as((layers[name], found.matmul) for name, found in counts.items()):
         for batch in with_progress(batches, "analyzing") if verbose else batches:
             try:
                 run(model, batch)
@@ -111,12 +105,6 @@ def _explain(error: Exception, number: int, batch: Any) -> None:
             f"batches: this was number {number}, a {type(batch).__name__}. A tuple or list gives its first to the model, as what "
             "follows may be labels; ((a, b), {}) is for several inputs, and forward=lambda model, batch: ... for anything else"
         )
-
-
-def _gpus(model: nn.Module) -> list[int]:
-    """Whose generators a forward may use."""
-    found = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    return sorted(device.index for device in found)
 
 
 def _to_host(found: list[Tensor]) -> list[list[float]]:

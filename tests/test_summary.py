@@ -14,6 +14,7 @@ from test_nn_experts import X as TOKENS
 from torch import Tensor, nn
 
 from triton_analog import TorchInferenceRPUConfig, analog_summary, convert_to_analog
+from triton_analog.summary.products import CountedProducts
 from triton_analog.summary.results import short
 
 
@@ -102,6 +103,27 @@ def test_digital_products_are_counted_by_the_module_that_does_them() -> None:
     assert summary.digital_macs == sum(found.values())
     assert summary.analog_macs == tokens * 64
     assert (summary.unit, summary.units) == ("token", tokens)
+
+
+PRODUCTS = {
+    "matrices": (lambda a, b: a @ b, 5 * 7 * 6),
+    "vector": (lambda a, b: a @ b[:, 0], 5 * 7),
+    "vectors": (lambda a, b: a[0].dot(b[:, 0]), 7),
+    "batches": (lambda a, b: torch.bmm(a.expand(3, 5, 7), b.expand(3, 7, 6)), 3 * 5 * 7 * 6),
+    "einsum": (lambda a, b: torch.einsum("ik,kj->ij", a, b), 5 * 7 * 6),
+    "bias": (lambda a, b: nn.functional.linear(a, b.T, b[0]), 5 * 7 * 6),
+    "attention": (lambda a, b: nn.functional.scaled_dot_product_attention(*[a.expand(2, 3, 5, 7)] * 3), 6 * 25 * 14),
+    "none": (lambda a, b: a.sum() + b.softmax(0).exp().sum(), 0),
+}
+
+
+@pytest.mark.parametrize(("product", "macs"), PRODUCTS.values(), ids=PRODUCTS)
+def test_products_of_torch_are_counted(product: Any, macs: int) -> None:
+    a, b = torch.randn(5, 7), torch.randn(7, 6)
+    with torch.no_grad(), CountedProducts() as counter:
+        result = product(a, b)
+    assert counter.macs == macs
+    torch.testing.assert_close(result, product(a, b))
 
 
 IDS = torch.zeros(2, 5, dtype=torch.int64)

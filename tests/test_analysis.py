@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from triton_analog import TorchInferenceRPUConfig, analyze, convert_to_analog, launch
-from triton_analog.analysis import Analysis
+from triton_analog.analysis import Analysis, counts
 from triton_analog.analysis.counts import bits_set
 from triton_analog.config import WeightClipType, WeightNoiseInjectionType, WeightQuantizationType
 from triton_analog.inference import PCMLikeNoiseModel, program
 from triton_analog.nn import AnalogHFConv1D, AnalogLinear
 from triton_analog.reference.adc import pack_bits
+from triton_analog.samples import products_as
 
 
 def config(**kinds: Any) -> TorchInferenceRPUConfig:
@@ -307,6 +308,31 @@ def test_empty_batches_count_for_nothing() -> None:
     assert quiet(model, [x[:0], x]).layers == quiet(model, [x]).layers
 
 
+def test_weights_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = exactly(), torch.randn(FLAT, dtype=torch.float64)
+    whole = [layer.kurtosis for layer in quiet(model, [x]).layers]
+    monkeypatch.setattr(counts, "AT_ONCE", 30)
+    assert [layer.kurtosis for layer in quiet(model, [x]).layers] == pytest.approx(whole)
+
+
+def test_what_is_kept_of_a_layer_is_small() -> None:
+    layer = AnalogLinear(25, 12, rpu_config=config()).eval()
+    kept = counts.LayerCounts(layer)
+    with torch.no_grad(), products_as([(layer, kept.matmul)]):
+        layer(torch.randn(1000, 25))
+    assert sum(value.numel() for value in vars(kept).values() if isinstance(value, Tensor)) < 50
+
+
+def test_a_base_is_analyzed_under_its_adapters() -> None:
+    peft = pytest.importorskip("peft", reason="peft is an optional peer")
+    model, x = linear(), torch.randn(FLAT)
+    expected = quiet(model, [x])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=2))  # which add nothing yet
+    found = quiet(adapted, [x])
+    assert [layer.name for layer in found.layers] == ["base_model.model.0.base_layer", "base_model.model.2"]
+    assert [layer.slices for layer in found.layers] == [layer.slices for layer in expected.layers]
+
+
 # ---- The model stays ------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +470,21 @@ def test_the_table_fits_80_columns(length: int, monkeypatch: pytest.MonkeyPatch)
     assert lines[0].split() == ["layer", "(1", "batch)", "clip", "%", "sat", "%", "SNR", "dB", "kurt.", "r/max"]
     assert sum("slice" in line for line in lines) == 3 + 2
     assert "".join(line.split()[0] for line in lines[1:3]).startswith(name)
+
+
+def test_long_names_go_on_behind_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    model: nn.Module = nn.Linear(25, 12)
+    for name in reversed(["base_model", "model", "model", "layers", "10", "self_attn", "q_proj", "base_layer"]):
+        model = nn.ModuleDict({name: model})
+    model = convert_to_analog(model, config())
+    found = quiet(model, [torch.randn(FLAT)], forward=lambda model, x: [*model.modules()][-1](x))
+    assert [line.split()[0] for line in str(found).splitlines()[1:3]] == [
+        "base_model.model.model.layers.10.self_attn.",
+        "q_proj.base_layer",
+    ]
+    monkeypatch.setenv("COLUMNS", "120")
+    assert str(found).splitlines()[1].split()[0] == found.layers[0].name
 
 
 def test_the_table_without_slices_and_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:

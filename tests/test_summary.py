@@ -135,6 +135,7 @@ UNITS: dict[str, tuple[Any, tuple[str, int]]] = {
     "labels": ((torch.zeros(3, 5), torch.zeros(3)), ("sample", 3)),
     "arguments": (((torch.zeros(3, 5),), {}), ("sample", 3)),
     "keywords": (((), {"x": torch.zeros(3, 5)}), ("sample", 3)),
+    "packed": (nn.utils.rnn.pack_sequence([torch.zeros(4, 3), torch.zeros(2, 3)]), ("sample", 2)),
     "other": ("text", ("batch", 1)),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -70,13 +70,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """While it lasts, ``model`` evaluates, uncompiled and without gradients. Then modes and torch's generators are what they
     were."""
-    gpus = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    with (
-        torch.random.fork_rng(gpus),
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        evaluating(model),
-    ):
+    gpus: dict[str, set[int]] = {}
+    for parameter in model.parameters():
+        if parameter.device.type not in ("cpu", "meta"):
+            gpus.setdefault(parameter.device.type, set()).add(parameter.device.index)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))  # that of the CPU
+        for kind, indices in gpus.items():
+            stack.enter_context(torch.random.fork_rng(sorted(indices), device_type=kind))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(evaluating(model))
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import StringIO
 from typing import Any
 
@@ -23,24 +23,30 @@ class ShownAsTable:
         """What stands below the table."""
         return ""
 
-    def table(self, **choice: Any) -> Any:
-        """A table for rich, of the lines that ``rows(**choice)`` gives. Needs rich, ``pip install 'triton-analog[analysis]'``."""
+    def table(self, *, width: int | None = None, **choice: Any) -> Any:
+        """A table for rich, of the lines that ``rows(**choice)`` gives. Needs rich, ``pip install 'triton-analog[analysis]'``.
+
+        Names go on in the next line, behind a dot if there is one, where they are too long for ``width`` (None: that of the
+        terminal, or 80); numbers never do.
+        """
         from rich.table import Table
         from rich.text import Text
 
+        lines = [self.headings(), *self.rows(**choice)]
+        others = sum(2 + max(len(line[i]) for line in lines) for i in range(1, len(lines[0])))
+        room = (width or shutil.get_terminal_size().columns) - others
         grid = Table(box=None, pad_edge=False)
-        for i, heading in enumerate(self.headings()):
-            # Names that are too long go on in the next line; numbers never do.
+        for i, heading in enumerate(lines[0]):
             grid.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-        for row in self.rows(**choice):
-            grid.add_row(*map(Text, row))
+        for name, *numbers in lines[1:]:
+            grid.add_row(Text(_broken(name, room)), *map(Text, numbers))
         return grid
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text
 
-        return Group(self.table(), Text(self.legend()))
+        yield self.table(width=options.max_width)
+        yield Text(self.legend())
 
     def __str__(self) -> str:
         """The table, as wide as the terminal (80 columns where there is none)."""
@@ -52,6 +58,12 @@ class ShownAsTable:
         width = shutil.get_terminal_size().columns
         Console(file=out, width=width, highlight=False, markup=False, emoji=False).print(self)
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def _broken(name: str, room: int) -> str:
+    """``name`` in lines of ``room`` letters, as far as its dots allow it."""
+    at = name.rfind(".", 0, max(room, 1))
+    return name if len(name) <= room or at < 0 else f"{name[: at + 1]}\n{_broken(name[at + 1 :], room)}"
 
 
 def _plainly(headings: tuple[str, ...], rows: list[tuple[str, ...]], legend: str) -> str:

@@ -122,11 +122,11 @@ def _digital(model: nn.Module, work: Work) -> Iterator[LayerSummary]:
 
 def _units(batch: Any) -> tuple[str, int]:
     """What ``batch`` has several of, and how many."""
+    if isinstance(batch, PackedSequence):
+        return "sample", int(batch.batch_sizes[0])
     if isinstance(batch, tuple | list):
         parts = [part for part in batch if not isinstance(part, tuple | list | dict) or part]  # no empty args or kwargs
         return _units(parts[0]) if parts else ("batch", 1)
-    if isinstance(batch, PackedSequence):
-        return "sample", int(batch.batch_sizes[0])
     if isinstance(batch, Mapping):
         embedded = batch.get("inputs_embeds")
         if isinstance(embedded, Tensor) and embedded.ndim == 3:

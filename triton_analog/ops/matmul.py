@@ -89,8 +89,9 @@ PIPELINED = MatmulConfig(192, 128, 64, GROUP_M=8, PIPELINED=True, num_warps=4, n
 
 
 def _can_be_pipelined(problem: Problem) -> bool:
-    per_slice, *_ = problem.flags
-    return problem.hardware.capability == 90 and problem.dtype.itemsize == 2 and per_slice
+    per_slice, noise, dynamic = problem.flags
+    folded = noise and dynamic and not per_slice  # a deviation for each row and column
+    return problem.hardware.capability == 90 and problem.dtype.itemsize == 2 and not folded
 
 
 def default_config(problem: Problem) -> MatmulConfig:
@@ -424,9 +425,9 @@ def launch_matmul(
     dynamic = input_range is not None and input_range.ndim == 2
     sizes, switches = (M, N, cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
     config = config or choose(SPACE, x.device, weight.dtype, sizes, switches)
-    if config.PIPELINED and not (M > 0 and out_bound > 0):
+    if config.PIPELINED and not (M > 0 and ranged):
         config = _plain_config(Problem(hardware(x.device), weight.dtype, sizes, switches))
-    tile = pipeline.tile_for(slices)
+    tile = pipeline.tile_for(slices, out_bound > 0)
     block_k, tile_columns = (
         (pipeline.DEPTH.value, tile.COLUMNS) if config.PIPELINED else (config.BLOCK_K, config.BLOCK_N)
     )
@@ -466,12 +467,14 @@ def launch_matmul(
     y = new(M, N, dtype=x.dtype)
     mask = new(*mask_shape(slices if out_bound > 0 and needs_mask else 0, M, N), dtype=torch.int32)
     if config.PIPELINED:
-        assert coefficients is not None
+        assert input_range is not None
+        del flags["INT8"]
         if not (describable(weight) and slices_describable(weight, slices)):
             weight = launch_padding(weight, slices, width)
         pipeline.launch_product(
-            operand, weight, bias, input_range, coefficients, seed, y, mask, slices, out_q_max, config.GROUP_M, flags
-        )
+            operand, weight, bias, input_range, coefficients, noise_wmax, seed, y, mask, slices, in_q_max, sigma, out_q_max,
+            config.GROUP_M, flags,
+        )  # fmt: skip
         return y, mask
     options = dict(vars(config))
     del options["PREPARED"], options["PIPELINED"]

@@ -66,13 +66,14 @@ def producer(loads, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.c
 
 @gluon.jit
 def multiply_step(
-    acc, is_first, ring, stage, phase, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
+    acc, adds, is_first, ring, stage, phase, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
 ):
-    """Start the product of a stage, and give back the stage before once its product is done."""
+    """Start the product of a stage, which ``adds`` to what is there or replaces it, and give back the stage before once its
+    product is done, unless this ``is_first`` after :func:`wait_for_product`."""
     a_buffers, b_buffers, ready, empty = ring
     mbarrier.wait(ready.index(stage), phase)
     a, b = a_buffers.index(stage * CONSUMERS + CONSUMER), b_buffers.index(stage).permute((1, 0))
-    acc = warpgroup_mma(a, b, acc, use_acc=is_first == 0, is_async=True)
+    acc = warpgroup_mma(a, b, acc, use_acc=adds, is_async=True)
     acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
     mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), pred=is_first == 0)
     stage, phase = next_stage(stage, phase, STAGES)

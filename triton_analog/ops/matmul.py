@@ -96,9 +96,10 @@ def _can_be_pipelined(problem: Problem) -> bool:
 
 def default_config(problem: Problem) -> MatmulConfig:
     rows, columns, _ = problem.sizes
-    noise = problem.flags[1]
-    # Below, too few multiprocessors have a tile to work on; noise costs most in a tile's end, which the last ones wait for.
-    if _can_be_pipelined(problem) and rows * columns >= (4_500_000 if noise else 3_200_000):
+    per_slice, noise, _ = problem.flags
+    # Fewer outputs leave multiprocessors without a tile, or wait for the last tile's output stage.
+    fewest = 2_000_000 if not per_slice else 4_500_000 if noise else 3_200_000
+    if _can_be_pipelined(problem) and rows * columns >= fewest:
         return PIPELINED
     return _plain_config(problem)
 
@@ -124,7 +125,8 @@ def _plain_config(problem: Problem) -> MatmulConfig:
 
 def _fits(problem: Problem, config: MatmulConfig) -> bool:
     if config.PIPELINED:
-        return _can_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_M=16))
+        large = covers(128, problem.sizes[0], 32) and covers(128, problem.sizes[1], 64)
+        return large and _can_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_M=16))
     rows, columns, width = problem.sizes
     per_slice, noise, _ = problem.flags
     capability, size = problem.hardware.capability, problem.dtype.itemsize

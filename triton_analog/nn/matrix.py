@@ -22,6 +22,7 @@ from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.outside import complaint_of_shape
+from triton_analog.nn.parts import is_managed
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.saved_state import SavedState
 from triton_analog.nn.settings import (
@@ -123,16 +124,23 @@ class AnalogMatrixLayer(SavedState):
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as torch does, and the analog state anew."""
-        super().reset_parameters()  # type: ignore[misc]
+        with self.whole("weight", "bias", write=True, of_first=True):
+            super().reset_parameters()  # type: ignore[misc]
         if "input_range" in self._parameters:  # torch's constructor comes here before there is any analog state
             self.reset_analog_state()
 
     @torch.no_grad()
     def reset_analog_state(self) -> None:
         """Ranges at their initial value with the start-up still to come; a learned clip at the largest weights; new noise."""
-        self._restart_range()
+        with self.whole("input_range", write=True):
+            self._restart_range()
         self.reset_weight_clip()
         self.redraw_weight_noise()
+
+    def set_input_range(self, values: Tensor) -> None:
+        """As :class:`RangeStartup` does it, of parameters in parts too."""
+        with self.whole("input_range", write=True):
+            super().set_input_range(values)
 
     def _fit_state(self) -> None:
         """Create the parameters and buffers that the config needs and that are missing; drop those it does not."""
@@ -183,7 +191,8 @@ class AnalogMatrixLayer(SavedState):
         An optimizer that exists already does not know parameters added here.
 
         Raises:
-            ConfigError: the config is not valid or cuts the inputs into other slices. The layer is then unchanged.
+            ConfigError: the config is not valid, cuts the inputs into other slices, or needs other parameters where a sharding
+                library manages them. The layer is then unchanged.
         """
         check_config(rpu_config)
         new, old = split_sizes(self.tile_shape[1], rpu_config.mapping.max_input_size), self.get_split_sizes()
@@ -192,12 +201,25 @@ class AnalogMatrixLayer(SavedState):
                 f"mapping.max_input_size: got {rpu_config.mapping.max_input_size}, which cuts {sum(new)} inputs into slices "
                 f"of {new}, but this layer has slices of {old}; build the layer with that max_input_size instead"
             )
+        self._refuse_other_parameters(rpu_config)
         learned = self.rpu_config.pre_post.input_range.learn_input_range
         self.rpu_config = copy.deepcopy(rpu_config)
         effects.warn_of([self.rpu_config], self._told)
         if self.input_range is not None and rpu_config.pre_post.input_range.learn_input_range != learned:
             self.input_range.requires_grad_(not learned)
         self._fit_state()
+
+    def _refuse_other_parameters(self, rpu_config: TorchInferenceRPUConfig) -> None:
+        """What has sharded a model knows its parameters: one more would be left whole, one less would come back."""
+        for name, path, wanted in (
+            ("input_range", "pre_post.input_range", is_static(rpu_config)),
+            ("learnable_weight_clip", "clip.type", learns_clip(rpu_config)),
+        ):
+            if wanted != (self._parameters[name] is not None) and is_managed(self):
+                raise ConfigError(
+                    f"{path}: this config {'needs' if wanted else 'has no'} {name}, but the layer was sharded "
+                    f"{'without' if wanted else 'with'} it; convert or reconfigure the model first, and shard it then"
+                )
 
     def stop_quantizing(self) -> None:
         """Switch weight quantization and clip off in this layer's config."""

@@ -152,9 +152,10 @@ class AnalogRNN(AnalogContainerBase):
         """
         for layer in self.analog_layers():
             if isinstance(layer, AnalogLinear):
-                weight_init_fn(layer.weight)
-                if layer.bias is not None:
-                    (bias_init_fn or weight_init_fn)(layer.bias)
+                with layer.whole("weight", "bias", write=True, of_first=True):
+                    weight_init_fn(layer.weight)
+                    if layer.bias is not None:
+                        (bias_init_fn or weight_init_fn)(layer.bias)
                 layer.reset_weight_clip()
 
     def get_zero_state(self, batch_size: int) -> list[Any]:

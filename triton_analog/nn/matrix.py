@@ -209,16 +209,16 @@ class AnalogMatrixLayer(SavedState):
             self.input_range.requires_grad_(not learned)
         self._fit_state()
 
-    def _refuse_other_parameters(self, rpu_config: TorchInferenceRPUConfig) -> None:
-        """What has sharded a model knows its parameters: one more would be left whole, one less would come back."""
+    def _refuse_other_parameters(self, rpu_config: TorchInferenceRPUConfig, is_wrapped: bool = False) -> None:
+        """What has sharded or wrapped a model knows its parameters: one more would not be synchronised, one less come back."""
         for name, path, wanted in (
             ("input_range", "pre_post.input_range", is_static(rpu_config)),
             ("learnable_weight_clip", "clip.type", learns_clip(rpu_config)),
         ):
-            if wanted != (self._parameters[name] is not None) and is_managed(self):
+            if wanted != (self._parameters[name] is not None) and (is_wrapped or is_managed(self)):
                 raise ConfigError(
-                    f"{path}: this config {'needs' if wanted else 'has no'} {name}, but the layer was sharded "
-                    f"{'without' if wanted else 'with'} it; convert or reconfigure the model first, and shard it then"
+                    f"{path}: this config {'needs' if wanted else 'has no'} {name}, but the model was sharded or "
+                    f"wrapped {'without' if wanted else 'with'} it; convert or reconfigure it first, and shard or wrap it then"
                 )
 
     def stop_quantizing(self) -> None:
@@ -275,9 +275,7 @@ class AnalogMatrixLayer(SavedState):
             if self.rpu_config != self._checked:
                 self.rpu_config.validate()
                 self._check_state()
-                # Else the config is one for a while, as while ranges are calibrated.
-                if "analog_matmul" not in vars(self):
-                    effects.warn_of([self.rpu_config], self._told)
+                effects.warn_of([self.rpu_config], self._told)
                 self._checked = copy.deepcopy(self.rpu_config)
                 known = settings(self.rpu_config)
                 self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
@@ -338,6 +336,15 @@ class AnalogMatrixLayer(SavedState):
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
         return linear(x, matrix, bias, input_range, self.learnable_weight_clip, seed, weight_seed, tile, wmax, numbers)
+
+    def matmul_without_range(self, numbers: Numbers, x: Tensor, one_forward: OneForward | None = None) -> Tensor:
+        """The product as ``numbers`` say, which ask for no input range: the stored one stays out of it."""
+        matrix, tile, wmax = self.matrix, None, None
+        if one_forward is not None:
+            if one_forward.tile is None:
+                one_forward.tile = self._tile_of_all(one_forward, x, matrix, numbers)
+            tile, wmax = one_forward.tile
+        return linear(x, matrix, self.bias, None, self.learnable_weight_clip, None, None, tile, wmax, numbers)
 
     def _tile_of_all(
         self, one_forward: OneForward, x: Tensor, matrix: Tensor, numbers: Numbers

@@ -67,7 +67,7 @@ class AnalogMatrixLayer(SavedState):
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked", "_told"),
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
-            *("_missed_config", SLOT),
+            *("_missed_config", "_knows_ranks", SLOT),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )

@@ -57,6 +57,11 @@ def numbers_in(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def shape_of(parameter: Tensor) -> torch.Size:
+    """That of the whole of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 # ---- FSDP's first version -----------------------------------------------------------------------------------------------
 
 
@@ -76,6 +81,23 @@ def refuse_flat(layer: nn.Module) -> None:
             "anywhere, so that no rank has whole rows to clip, quantize or start ranges with; shard the model with "
             "torch.distributed.fsdp.fully_shard instead (FSDP2; fsdp_version 2 of accelerate)"
         )
+
+
+def refuse_parts(model: nn.Module, what: str) -> None:
+    """No layer of ``model`` is managed by a sharding library: a copy of it, or another layer in its place, would not be.
+
+    Raises:
+        ValueError: one is. The message says that ``what`` needs a model of whole tensors, and how to get one.
+    """
+    for name, module in model.named_modules():
+        sharded = [key for key, parameter in module._parameters.items() if is_in_parts(parameter)]
+        if sharded or (getattr(module, "_is_fsdp_managed_module", False) and module._parameters):
+            raise ValueError(
+                f"model: {'.'.join(filter(None, (name, *sharded[:1])))} is sharded, and {what} needs a model of whole tensors; take "
+                "the whole state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "StateDictOptions(full_state_dict=True); of DeepSpeed's stage 3 what its zero_to_fp32 makes), and use "
+                "restore_analog(digital_model, state_dict)"
+            )
 
 
 # ---- As a whole ---------------------------------------------------------------------------------------------------------

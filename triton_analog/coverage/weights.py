@@ -15,6 +15,7 @@ from triton_analog.hints import names_of
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.parts import numbers_in, shape_of
+from triton_analog.nn.settings import UNDECAYED
 from triton_analog.surroundings.obstacles import ADD_THE_CLASS, Obstacle
 
 _TABLE = re.compile(
@@ -76,7 +77,7 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in module._parameters.items()
-        if parameter is not None and not is_lazy(parameter) and len(shape_of(parameter)) >= 2
+        if parameter is not None and name not in UNDECAYED and not is_lazy(parameter) and len(shape_of(parameter)) >= 2
         if _multiplies(module, name, shape_of(parameter))
     }
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from triton_analog.calls import Numbers, check_input, input_dtype, linear
 from triton_analog.config import (
@@ -164,6 +165,16 @@ class AnalogMatrixLayer(SavedState):
         self._fit_weight_noise(self.weight.device)
         self._mark_undecayed()
         self._checked = self._numbers_of = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As torch's; ranges that get memory only now (``to_empty``) are at their start, as a file of the digital model has none
+        to load."""
+        without_memory = self.input_range is not None and self.input_range.is_meta
+        super()._apply(fn, recurse)
+        if without_memory and not self.input_range.is_meta:
+            with torch.no_grad():
+                self._restart_range()
+        return self
 
     def _mark_undecayed(self) -> None:
         """Many trainers look for this attribute of a parameter before they let it decay."""

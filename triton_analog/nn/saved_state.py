@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from triton_analog.calls import draw_seed
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.outside import follow_or_refuse
+from triton_analog.nn.parts import is_dtensor
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import decode, encode
 from triton_analog.nn.stored_weight import StoredWeight
@@ -85,8 +86,9 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
     ) -> None:
         # The config comes first: it decides which parameters there are to be filled.
         state = state_dict.get(prefix + "_extra_state")
-        # With this torch.distributed.checkpoint says that the file has none.
-        if type(state).__name__ == "_EXTRA_STATE":
+        # With this torch.distributed.checkpoint says that the file has none. It may have loaded the weight in place before.
+        is_digital = type(state).__name__ == "_EXTRA_STATE"
+        if is_digital:
             del state_dict[prefix + "_extra_state"]
         elif state is not None:
             try:
@@ -99,6 +101,8 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
             error_msgs.append(mismatch)
             return
         self._convert_counter(state_dict, prefix)
+        names = "weight", "learnable_weight_clip"
+        has_weight, has_clip = (self._comes_from_elsewhere(state_dict, prefix, name) for name in names)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -110,8 +114,13 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         source = self.weight_source
         if source is not None:
             self._fit_weight_noise(source.device)
-        if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
+        if (has_weight or (is_digital and prefix + "weight" in state_dict)) and not has_clip:
             self.reset_weight_clip()
+
+    def _comes_from_elsewhere(self, state_dict: dict[str, Any], prefix: str, name: str) -> bool:
+        """Whether there are numbers to load: ``set_model_state_dict`` of torch fills a file up with what the model has."""
+        given, own = state_dict.get(prefix + name), self._parameters.get(name)
+        return given is not None and (own is None or _memory_of(given) != _memory_of(own))
 
     def _other_slices(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """What is wrong with a file that has other slices, as its tensors show; it need not hold a config that says so."""
@@ -131,3 +140,8 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
                 f"{self.rpu_config.mapping.max_input_size}); build it with the max_input_size that was saved instead"
             )
         return None
+
+
+def _memory_of(tensor: Any) -> Any:
+    local = tensor.to_local() if is_dtensor(tensor) else tensor
+    return id(local) if local.is_meta else (local.data_ptr(), local.device)

@@ -59,7 +59,9 @@ def _group_of(name: str, given: Any) -> Any:
     if given is None:
         return None
     if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(f"{name}: got {given!r}, but torch.distributed is not initialised; call init_process_group first")
+        raise ValueError(
+            f"{name}: got {given!r}, but torch.distributed is not initialised; call init_process_group first"
+        )
     if isinstance(given, dist.ProcessGroup):
         group = given
     elif isinstance(given, dist.DeviceMesh):

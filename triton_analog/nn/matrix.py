@@ -23,7 +23,7 @@ from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.outside import complaint_of_shape
-from triton_analog.nn.parts import is_managed
+from triton_analog.nn.parts import is_managed, whole_of
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.saved_state import SavedState
 from triton_analog.nn.settings import (
@@ -141,7 +141,7 @@ class AnalogMatrixLayer(SavedState):
     def set_input_range(self, values: Tensor) -> None:
         """As :class:`RangeStartup` does it, of parameters in parts too."""
         with self.whole("input_range", write=True):
-            super().set_input_range(values)
+            super().set_input_range(whole_of(values))
 
     def _fit_state(self) -> None:
         """Create the parameters and buffers that the config needs and that are missing; drop those it does not."""

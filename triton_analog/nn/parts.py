@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any, TypeGuard
 
 import torch
@@ -73,9 +74,11 @@ def refuse_flat(layer: nn.Module) -> None:
     """
     if not getattr(layer, "_is_fsdp_managed_module", False):
         return
-    weight = layer._parameters.get("weight", vars(layer).get("weight"))
-    base = getattr(weight, "_base", None)
-    if getattr(base, "_is_flat_param", False) or (hasattr(weight, "_fsdp_flattened") and weight.ndim < 2):  # type: ignore[union-attr]
+    found = [tensor for tensor in (*layer._parameters.values(), *vars(layer).values()) if isinstance(tensor, Tensor)]
+    weight = layer._parameters.get("weight")
+    if any(getattr(tensor._base, "_is_flat_param", False) for tensor in found) or (
+        hasattr(weight, "_fsdp_flattened") and weight.ndim < 2  # type: ignore[union-attr]
+    ):
         raise ValueError(
             f"weight: that of this {type(layer).__name__} lies in a flat parameter of FullyShardedDataParallel, which cuts it "
             "anywhere, so that no rank has whole rows to clip, quantize or start ranges with; shard the model with "
@@ -196,6 +199,45 @@ def _store(parameter: Any, full: Tensor, of_first: bool) -> None:
         if of_first:  # every rank writes its part of the master
             dist.broadcast(full, 0)
         write_master(parameter, full)
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, which a user gave and which may be a DTensor; all ranks that hold a part must come here."""
+    return _gather(tensor) if is_dtensor(tensor) else tensor
+
+
+def cut_for(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Cut what is whole in ``state_dict`` as the parameters of ``module`` are into which it is to be loaded."""
+    for name, own in module._parameters.items():
+        given = state_dict.get(prefix + name)
+        if is_dtensor(own) and isinstance(given, Tensor) and not is_dtensor(given) and given.shape == own.shape:
+            local = part_here(given.detach(), own).to(own.to_local().device)
+            state_dict[prefix + name] = own.from_local(
+                local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+            )
+
+
+def uneven_files(parameters: Iterable[nn.Parameter], state_dict: dict[str, Any], prefix: str) -> str | None:
+    """What is wrong where the ranks that share ``parameters`` were given different keys to load; None if nothing is.
+
+    ``broadcast_from_rank0`` of torch hands the others only those keys that are names of parameters in the tree of modules.
+    """
+    own = sorted(key for key in state_dict if key.startswith(prefix))
+    for parameter in parameters:
+        if is_dtensor(parameter) and not parameter.is_meta:
+            mesh = parameter.device_mesh
+            number = torch.tensor([int(sha256("\n".join(own).encode()).hexdigest()[:15], 16)], device=mesh.device_type)
+            for axis in range(mesh.ndim):
+                everyone = [torch.empty_like(number) for _ in range(mesh.size(axis))]
+                dist.all_gather(everyone, number, group=mesh.get_group(axis))
+                if any(not torch.equal(number, other) for other in everyone):
+                    return (
+                        f"{prefix}: the ranks that share these parameters were given different keys, {len(own)} of them here; hand "
+                        "the file to every rank (full_state_dict=True without broadcast_from_rank0), or load it with "
+                        "torch.distributed.checkpoint"
+                    )
+            return None
+    return None
 
 
 def part_here(full: Tensor, like: Any, dims: Iterable[int] | None = None) -> Tensor:

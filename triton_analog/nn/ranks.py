@@ -25,7 +25,7 @@ def start_up_paused() -> Iterator[None]:
     For forwards on made-up data: a dry run that measures memory or warms a compiler up. Those by which
     ``torch.distributed.pipelining`` finds the shapes of a stage are known without it, unless they are compiled.
     """
-    global _paused  # noqa: PLW0603
+    global _paused
     _paused += 1
     try:
         yield
@@ -65,8 +65,8 @@ def refuse_unsaid_group(layer: nn.Module) -> None:
     world = dist.get_world_size()
     if pipeline_function() is not None:
         why = "other ranks run other stages of the pipeline, so that they would wait for each other for ever"
-    elif any(is_dtensor(parameter) for parameter in layer._parameters.values()):
-        why = "its parameters are DTensors in the forward, so that other ranks hold other parts of it and see the same data"
+    elif mesh is None and any(is_dtensor(parameter) for parameter in layer._parameters.values()):
+        why = "its parameters are DTensors, so that other ranks may hold other parts of it and see the same data"
     elif mesh is not None and mesh.size() != world:
         why = f"it is sharded over {mesh.size()} of {world} ranks, so that the mesh has other dimensions"
     else:
@@ -78,10 +78,7 @@ def refuse_unsaid_group(layer: nn.Module) -> None:
 
 
 def _mesh_of(layer: nn.Module) -> Any:
-    """The mesh that ``fully_shard`` cuts ``layer`` over, also while it is whole in a forward; None where none is known."""
-    for parameter in layer._parameters.values():
-        if is_dtensor(parameter):
-            return parameter.device_mesh
+    """The mesh of ``fully_shard`` around ``layer``, whose parameters are whole in a forward; None without."""
     for hook in layer._state_dict_pre_hooks.values():
         if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp."):
             for cell in getattr(hook, "__closure__", None) or ():

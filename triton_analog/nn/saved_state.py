@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from triton_analog.calls import draw_seed
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.outside import follow_or_refuse
-from triton_analog.nn.parts import is_dtensor
+from triton_analog.nn.parts import cut_for, is_dtensor
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import decode, encode
 from triton_analog.nn.stored_weight import StoredWeight
@@ -101,6 +101,7 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
             error_msgs.append(mismatch)
             return
         self._convert_counter(state_dict, prefix)
+        cut_for(self, state_dict, prefix)
         names = "weight", "learnable_weight_clip"
         has_weight, has_clip = (self._comes_from_elsewhere(state_dict, prefix, name) for name in names)
         super()._load_from_state_dict(
@@ -142,6 +143,6 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         return None
 
 
-def _memory_of(tensor: Any) -> Any:
-    local = tensor.to_local() if is_dtensor(tensor) else tensor
-    return id(local) if local.is_meta else (local.data_ptr(), local.device)
+def _memory_of(tensor: Any) -> int:
+    """Where its numbers are, also if there are none: parts may be empty, and the ranks must agree."""
+    return (tensor.to_local() if is_dtensor(tensor) else tensor).untyped_storage()._cdata

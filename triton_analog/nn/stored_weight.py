@@ -26,6 +26,7 @@ from triton_analog.nn.parts import (
     read_master,
     refuse_flat,
     whole,
+    whole_of,
     write_master,
 )
 from triton_analog.nn.parts_clip import PartsClip, clip_parts
@@ -144,7 +145,7 @@ class StoredWeight(AnalogLayerBase):
         with self.whole(self.weight_name, "learnable_weight_clip", write=True):
             own = stored_weight(self)
             _check_shape("weight", weight, own)
-            own.copy_(weight)
+            own.copy_(whole_of(weight))
             self.reset_weight_clip()
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class StoredWeight(AnalogLayerBase):
                 _check_shape("bias", bias, self.bias)
             self.set_weights(weight)
             if bias is not None:
-                self.bias.copy_(bias)
+                self.bias.copy_(whole_of(bias))
 
     def get_weights_and_biases(self) -> tuple[Tensor, Tensor | None]:
         """Copies of weight and bias (None without one), detached."""

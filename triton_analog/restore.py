@@ -39,7 +39,8 @@ def restore_analog(module: nn.Module, state_dict: Mapping[str, Any], inplace: bo
     if cut:
         raise ValueError(
             f"state_dict: {cut[0]} and {len(cut) - 1} others are parts on several ranks (DTensors); take the whole of it, "
-            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict"
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint."
+            "state_dict"
         )
     configs = _configs(state_dict)
     if not configs:

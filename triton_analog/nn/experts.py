@@ -104,7 +104,7 @@ class AnalogExperts(RoutedExperts, Derived, AnalogContainerBase):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            for stack in self._modules.get("tiles") or ():
+            for stack in self.tiles if "tiles" in self._modules else ():
                 own = name.removesuffix(f"_{stack}")
                 if own != name and own in NAMES:
                     return tuple(getattr(layer, own) for layer in self.tiles[stack])  # type: ignore[attr-defined]

@@ -169,9 +169,10 @@ class AnalogMatrixLayer(SavedState):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As torch's; ranges that get memory only now (``to_empty``) are at their start, as a file of the digital model has none
         to load."""
-        without_memory = self.input_range is not None and self.input_range.is_meta
+        before = self.input_range
         super()._apply(fn, recurse)
-        if without_memory and not self.input_range.is_meta:
+        after = self.input_range
+        if before is not None and before.is_meta and after is not None and not after.is_meta:
             with torch.no_grad():
                 self._restart_range()
         return self

@@ -96,8 +96,8 @@ def refuse_parts(model: nn.Module, what: str) -> None:
         sharded = [key for key, parameter in module._parameters.items() if is_in_parts(parameter)]
         if sharded or (getattr(module, "_is_fsdp_managed_module", False) and module._parameters):
             raise ValueError(
-                f"model: {'.'.join(filter(None, (name, *sharded[:1])))} is sharded, and {what} needs a model of whole tensors; take "
-                "the whole state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                f"model: {'.'.join(filter(None, (name, *sharded[:1])))} is sharded, and {what} needs a model of whole tensors; "
+                "take the whole state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
                 "StateDictOptions(full_state_dict=True); of DeepSpeed's stage 3 what its zero_to_fp32 makes), and use "
                 "restore_analog(digital_model, state_dict)"
             )
@@ -110,8 +110,8 @@ def refuse_parts(model: nn.Module, what: str) -> None:
 def whole(slots: Iterable[Slot], write: bool, of_first: bool = False) -> Iterator[None]:
     """While it lasts, these parameters are whole tensors on every rank. All ranks that hold a part must come here.
 
-    Nothing in it is differentiated. Afterwards they are what they were. With ``write``, those that were changed in place keep the change, in copies that are
-    stepped in their place too; after an error none does.
+    Nothing in it is differentiated. Afterwards they are what they were. With ``write``, those that were changed in place keep
+    the change, in copies that are stepped in their place too; after an error none does.
 
     Args:
         slots: Where the parameters are; those without any, and those that are whole, may be among them.
@@ -166,8 +166,18 @@ def read_master(parameter: Tensor) -> Tensor | None:
 
 def write_master(parameter: Tensor, value: Tensor) -> None:
     """Let what DeepSpeed steps in place of ``parameter`` be ``value``."""
-    if has_master(parameter) and parameter.requires_grad:
-        sys.modules["deepspeed.utils"].safe_set_full_fp32_param(parameter, value.float())
+    if not (has_master(parameter) and parameter.requires_grad):
+        return
+    utils, value = sys.modules["deepspeed.utils"], value.float()
+    if not is_partitioned(parameter):
+        utils.safe_set_full_fp32_param(parameter, value)
+        return
+    cut: Any = parameter  # DeepSpeed's own setter cannot cut what does not divide
+    size, here = cut.ds_tensor.ds_numel, dist.get_rank(cut.ds_process_group)
+    part = value.new_zeros(size)
+    own = value.flatten()[here * size : (here + 1) * size]
+    part[: len(own)] = own
+    utils.safe_set_local_fp32_param(parameter, part)
 
 
 def _put_away(module: nn.Module) -> None:
@@ -232,8 +242,8 @@ def uneven_files(parameters: Iterable[nn.Parameter], state_dict: dict[str, Any],
                 dist.all_gather(everyone, number, group=mesh.get_group(axis))
                 if any(not torch.equal(number, other) for other in everyone):
                     return (
-                        f"{prefix}: the ranks that share these parameters were given different keys, {len(own)} of them here; hand "
-                        "the file to every rank (full_state_dict=True without broadcast_from_rank0), or load it with "
+                        f"{prefix}: the ranks that share these parameters were given different keys, {len(own)} of them here; "
+                        "hand the file to every rank (full_state_dict=True without broadcast_from_rank0), or load it with "
                         "torch.distributed.checkpoint"
                     )
             return None

@@ -23,7 +23,7 @@ class PartsClip(NamedTuple):
 
     source: Any
     """The DTensor that holds the weight."""
-    index: int | None
+    expert: int | None
     """Which of the weights that are stacked in it; None: it is the weight."""
     sigma: float
     channel_dim: int | None
@@ -33,18 +33,18 @@ class PartsClip(NamedTuple):
     def local(self) -> Tensor:
         """What this rank has of the weight: a view, which may be empty."""
         local = self.source.to_local().detach()
-        if self.index is None:
+        if self.expert is None:
             return local
         here = part_here(torch.arange(len(self.source)), self.source, dims=[0]).tolist()
-        return local[here.index(self.index)] if self.index in here else local[:0].flatten(0, 1)
+        return local[here.index(self.expert)] if self.expert in here else local[:0].flatten(0, 1)
 
     @property
     def axes(self) -> list[int]:
         """The dimensions of the mesh over which the moments are merged."""
         dim = self.channel_dim
-        if self.index is not None:
+        if self.expert is not None:
             dim = None if dim is None else dim + 1
-        whole_here = {dim} if self.index is None else {dim, 0}
+        whole_here = {dim} if self.expert is None else {dim, 0}
         return [
             axis
             for axis, place in enumerate(self.source.placements)

@@ -82,7 +82,8 @@ class RangeStartup(AnalogLayerBase):
         ``torch.distributed`` is initialised, None is this rank alone, or a process group.
 
         Set it (:func:`triton_analog.distributed.set_parallel` does for a model) where not every rank runs the layer in
-        every step (pipelines, experts): the ranks of the group wait for each other. Copies of the layer share the group; a pickle returns to ``"world"``.
+        every step (pipelines, experts): the ranks of the group wait for each other. Copies of the layer share the group; a
+        pickle returns to ``"world"``.
 
         Raises:
             ValueError: set to something else.

@@ -109,9 +109,8 @@ def _state_of(layer: AnalogLayerBase, masters: Masters | None) -> Hashable:
     if not isinstance(layer, AnalogMatrixLayer) or not (whole or is_dtensor(weight)):
         return id(layer), *((id(parameter), parameter.requires_grad) for parameter in clipped_with(layer))
     clip = layer.rpu_config.clip
-    state = (
-        id(layer), clip.type, clip.sigma, id(layer.weight_noise_seed), id(weight), weight.requires_grad, *_place(weight if whole else weight._local_tensor),
-    )  # fmt: skip
+    place = _place(weight if whole else weight._local_tensor)
+    state = (id(layer), clip.type, clip.sigma, id(layer.weight_noise_seed), id(weight), weight.requires_grad, *place)
     return state if masters is None or not masters.has(weight) else state + _place(masters.read(weight))
 
 

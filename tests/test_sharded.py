@@ -194,9 +194,10 @@ def load_digital_from_one_rank(model: Any) -> None:
 def calibrate(kind: str) -> Callable[[Any], None]:
     def run(model: Any) -> None:
         parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
-        own = batches(RANKS, dist.get_rank()) if isinstance(model, FSDPModule) else batches(1, 0)
+        ranks = dist.get_world_size()
+        own = batches(ranks, dist.get_rank()) if isinstance(model, FSDPModule) else batches(1, 0)
         if not isinstance(model, FSDPModule):
-            own = [part for both in own for part in (both[0::2], both[1::2])]  # a batch is what one rank sees
+            own = [x[rank::ranks] for x in own for rank in range(ranks)]  # a batch is what one rank sees
             set_parallel(model, statistics=None)
         calibrate_input_ranges(model, InputRangeCalibrationType[kind], own, verbose=False)
         if isinstance(model, FSDPModule):
@@ -212,7 +213,7 @@ def train(model: Any) -> None:
         layer.rpu_config.pre_post.input_range.init_from_data = 0
         layer.rpu_config.pre_post.input_range.decay = 0.0
     optimizer = AnalogOptimizer(torch.optim.SGD, model.analog_layers, model.parameters(), lr=0.1)
-    for x in batches(RANKS, dist.get_rank()) if sharded else batches(1, 0):
+    for x in batches(dist.get_world_size(), dist.get_rank()) if sharded else batches(1, 0):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
@@ -355,7 +356,7 @@ def outcome(check: Callable[[], Any]) -> str:
     try:
         check()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error} {error.__cause__ or ''}"
     return ""
 
 

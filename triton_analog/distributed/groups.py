@@ -62,6 +62,8 @@ def _group_of(name: str, given: Any) -> Any:
         raise ValueError(
             f"{name}: got {given!r}, but torch.distributed is not initialised; call init_process_group first"
         )
+    if given is dist.GroupMember.NON_GROUP_MEMBER:
+        raise _not_in(name)
     if isinstance(given, dist.ProcessGroup):
         group = given
     elif isinstance(given, dist.DeviceMesh):
@@ -72,8 +74,12 @@ def _group_of(name: str, given: Any) -> Any:
             + (", or 'world'" if name == "statistics" else "")
         )
     if dist.get_rank(group) < 0:
-        raise ValueError(f"{name}: rank {dist.get_rank()} is not in it; give each rank the group that it belongs to")
+        raise _not_in(name)
     return group
+
+
+def _not_in(name: str) -> ValueError:
+    return ValueError(f"{name}: rank {dist.get_rank()} is not in it; give each rank the group that it belongs to")
 
 
 def _ranks(group: Any) -> set[int]:

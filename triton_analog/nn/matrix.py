@@ -169,10 +169,9 @@ class AnalogMatrixLayer(SavedState):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As torch's; ranges that get memory only now (``to_empty``) are at their start, as a file of the digital model has none
         to load."""
-        before = self.input_range
+        without_memory = self.input_range is not None and self.input_range.is_meta  # the very object may get some
         super()._apply(fn, recurse)
-        after = self.input_range
-        if before is not None and before.is_meta and after is not None and not after.is_meta:
+        if without_memory and self.input_range is not None and not self.input_range.is_meta:
             with torch.no_grad():
                 self._restart_range()
         return self

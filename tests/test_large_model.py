@@ -22,19 +22,8 @@ RANKS = 2
 
 
 def train(out: Path, steps: int) -> None:
-    sys.argv = [
-        str(EXAMPLE),
-        "--steps",
-        str(steps),
-        "--save-every",
-        "2",
-        "--start-up",
-        "1",
-        "--length",
-        "16",
-        "--out",
-        str(out),
-    ]
+    options = f"--steps {steps} --save-every 1 --start-up 1 --length 16 --out {out}"
+    sys.argv = [str(EXAMPLE), *options.split()]
     runpy.run_path(str(EXAMPLE), run_name="__main__")
 
 

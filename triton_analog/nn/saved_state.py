@@ -86,9 +86,9 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
     ) -> None:
         # The config comes first: it decides which parameters there are to be filled.
         state = state_dict.get(prefix + "_extra_state")
-        # With this torch.distributed.checkpoint says that the file has none. It may have loaded the weight in place before.
-        is_digital = type(state).__name__ == "_EXTRA_STATE"
-        if is_digital:
+        # With this torch.distributed.checkpoint says that the file has none.
+        without_config = type(state).__name__ == "_EXTRA_STATE"
+        if without_config:
             del state_dict[prefix + "_extra_state"]
         elif state is not None:
             try:
@@ -115,13 +115,15 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         source = self.weight_source
         if source is not None:
             self._fit_weight_noise(source.device)
-        if (has_weight or (is_digital and prefix + "weight" in state_dict)) and not has_clip:
+        # Into a weight in parts torch may have loaded the file in place before it came here.
+        has_weight = has_weight or (without_config and is_dtensor(self._parameters.get("weight")))
+        if has_weight and not has_clip:
             self.reset_weight_clip()
 
     def _comes_from_elsewhere(self, state_dict: dict[str, Any], prefix: str, name: str) -> bool:
         """Whether there are numbers to load: ``set_model_state_dict`` of torch fills a file up with what the model has."""
         given, own = state_dict.get(prefix + name), self._parameters.get(name)
-        return given is not None and (own is None or _memory_of(given) != _memory_of(own))
+        return given is not None and (own is None or not _is_same_memory(given, own))
 
     def _other_slices(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """What is wrong with a file that has other slices, as its tensors show; it need not hold a config that says so."""
@@ -143,6 +145,8 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         return None
 
 
-def _memory_of(tensor: Any) -> int:
-    """Where its numbers are, also if there are none: parts may be empty, and the ranks must agree."""
-    return (tensor.to_local() if is_dtensor(tensor) else tensor).untyped_storage()._cdata
+def _is_same_memory(first: Any, second: Any) -> bool:
+    """Also if there is none: parts may be empty, and the ranks must agree."""
+    first, second = (tensor.to_local() if is_dtensor(tensor) else tensor for tensor in (first, second))
+    alike = (first.dtype, first.device) == (second.dtype, second.device) and not first.is_meta
+    return alike and first.is_set_to(second)

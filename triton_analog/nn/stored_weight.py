@@ -228,12 +228,8 @@ class StoredWeight(AnalogLayerBase):
             ValueError: the weight is computed from other parameters, so that there is nothing to replace, or a learned clip is
                 one of those that a sharding library manages. Nothing is changed then.
         """
+        self.check_quantizable()
         modifier = self.rpu_config.modifier
-        if self.learnable_weight_clip is not None and is_managed(self):
-            raise ValueError(
-                "learnable_weight_clip: quantize_weights drops it, but what has sharded the model keeps it; quantize the model "
-                "before it is sharded, or one that is made of a full state dict: restore_analog(digital_model, state_dict)"
-            )
         with self.whole(self.weight_name, "learnable_weight_clip", write=True):
             weight = stored_weight(self)
             quantized, _ = modified_weight(
@@ -246,6 +242,18 @@ class StoredWeight(AnalogLayerBase):
             )
             weight.copy_(quantized.movedim(0, self.CHANNEL_DIM).view_as(weight))
         self.stop_quantizing()
+
+    def check_quantizable(self) -> None:
+        """:meth:`quantize_weights` will not be refused for what shards the layer.
+
+        Raises:
+            ValueError: it will.
+        """
+        if self.learnable_weight_clip is not None and is_managed(self):
+            raise ValueError(
+                "learnable_weight_clip: quantize_weights drops it, but what has sharded the model keeps it; quantize the model "
+                "before it is sharded, or one that is made of a full state dict: restore_analog(digital_model, state_dict)"
+            )
 
     def stop_quantizing(self) -> None:
         """Switch weight quantization and clip off in this layer's config."""

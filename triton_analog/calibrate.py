@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import triton_analog.ops as ops
+from triton_analog.calls import Numbers
 from triton_analog.config import ConfigError, IOParameters, TorchInferenceRPUConfig
 from triton_analog.config.enums import SpelledEnum
 from triton_analog.hints import names_of
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.programmed import refuse_chips
+from triton_analog.nn.settings import settings
 from triton_analog.range_statistics import (
     LargestOfBatches,
     MeanOfBatches,
@@ -86,8 +89,9 @@ def calibrate_input_ranges(
         dataloader: What a ``DataLoader`` yields: a tensor ``x``, alone or as the first in a tuple or list whose rest (labels)
             is left out, for ``model(x)``; a mapping, alone or as the first, for ``model(**mapping)``; or the pair
             ``(args, kwargs)``, a tuple or list and a mapping, for ``model(*args, **kwargs)``. With ``forward`` anything.
-            Tensors must be where the model wants them. In a process group the ranks do not share what they see: give all of
-            them the same data.
+            Tensors must be where the model wants them. In a process group every rank has its own and must call this: the
+            ranges come from what all of them see (``layer.process_group``: by default every rank,
+            :func:`triton_analog.distributed.set_parallel` chooses others), so that they end alike.
         quantile: For the ``*_QUANTILE`` kinds, in ``0 < quantile <= 1``.
         max_samples: Rows that ``CACHE_QUANTILE`` keeps per layer, ``>= 1``: all rows, or so many drawn with torch's
             generator of their device.
@@ -101,7 +105,8 @@ def calibrate_input_ranges(
             nothing through; layers with a dynamic range; layers that no data but zeros reached.
 
     Raises:
-        ConfigError: every layer has a dynamic range, a config is not valid, or ``calibration_type`` is NONE.
+        ConfigError: every layer has a dynamic range, a config is not valid, ``calibration_type`` is NONE, or a layer stores no
+            range yet and what shards or wraps the model could not know one.
         TypeError: ``model``, ``calibration_type``, ``forward`` or what ``dataloader`` yields is something else.
         ValueError: no analog layer, a number outside the above, no data but zeros for any layer, inputs that are inf or NaN,
             or a range that the dtype of a layer cannot hold.
@@ -112,6 +117,7 @@ def calibrate_input_ranges(
     layers = {name: layer for name, layer in every_layer.items() if not layer.rpu_config.pre_post.input_range.dynamic}
     _check_any_static(every_layer, layers)
     configs = {name: _ranged_config(name, layer.rpu_config) for name, layer in layers.items()}
+    _check_parameters(model, layers, configs)
     statistics = {
         name: _statistic(layer, calibration_type, quantile, max_samples, std_alpha, signed)
         for name, layer in layers.items()
@@ -125,6 +131,10 @@ def calibrate_input_ranges(
     ):
         for batch in with_progress(dataloader, "calibrating input ranges") if verbose else dataloader:
             run(model, batch)
+    for name, layer in layers.items():
+        group = layer._statistics_group()
+        if group is not None:
+            statistics[name].merge(group, layer.weight.device)
     ranges = _found_ranges(layers, statistics)
     _warn_of_others(every_layer, layers, ranges)
     for name, found in ranges.items():
@@ -169,6 +179,16 @@ def _ranged_config(name: str, config: TorchInferenceRPUConfig) -> TorchInference
     return config
 
 
+def _check_parameters(model: nn.Module, layers: Layers, configs: dict[str, TorchInferenceRPUConfig]) -> None:
+    """No range must be added where something around the model has counted its parameters."""
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    for name, layer in layers.items():
+        try:
+            layer._refuse_other_parameters(configs[name], wrapped)
+        except ConfigError as error:
+            raise ConfigError(f"layer {name}: {error}") from None
+
+
 # ---- Running the model ----------------------------------------------------------------------------------------------------
 
 
@@ -196,25 +216,26 @@ def _statistic(
 
 @contextmanager
 def _observed(layers: Layers, statistics: Statistics) -> Iterator[None]:
-    """While it lasts, the layers hand what they multiply to their statistic (if any), and run without range and converters."""
-    before = {name: (layer.rpu_config, layer.input_range) for name, layer in layers.items()}
+    """While it lasts, the layers hand what they multiply to their statistic (if any), and run without range and converters. The
+    parameters are left alone, as a sharding library may manage them."""
     observers = [(layers[name], partial(_observe, name, layers[name], found)) for name, found in statistics.items()]
     try:
         for layer in layers.values():
-            layer.rpu_config = _without_range(layer.rpu_config)
-            layer.input_range = None
+            vars(layer)["_matmul"] = partial(layer.matmul_without_range, _without_range(layer))
         with products_as(observers):
             yield
     finally:
-        for name, layer in layers.items():
-            layer.rpu_config, layer.input_range = before[name]
+        for layer in layers.values():
+            vars(layer).pop("_matmul", None)
 
 
-def _without_range(config: TorchInferenceRPUConfig) -> TorchInferenceRPUConfig:
-    config = copy.deepcopy(config)
+def _without_range(layer: AnalogMatrixLayer) -> Numbers:
+    """What ``layer`` computes in evaluation, but for range and converters."""
+    layer._numbers()  # checks the config
+    config = copy.deepcopy(layer.rpu_config)
     config.forward = IOParameters()
     config.pre_post.input_range.enable = False
-    return config
+    return Numbers(**settings(config), training=False, groups=layer.groups, patches=layer.patches)
 
 
 def _observe(name: str, layer: AnalogMatrixLayer, statistic: RangeStatistic, x: Tensor, *shared: Any) -> Tensor:
@@ -274,7 +295,8 @@ def _storable(name: str, layer: AnalogMatrixLayer, ranges: Tensor) -> Tensor:
     if layer.input_range is None:
         old = layer.weight.new_full(ranges.shape, layer.rpu_config.pre_post.input_range.init_value)
     else:
-        old = layer.input_range.detach()
+        with layer.whole("input_range"):
+            old = layer.input_range.detach()
     ranges = ranges.to(old)
     if not ranges.isfinite().all():
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from triton_analog.calls import Numbers, check_input, input_dtype, linear
 from triton_analog.config import (
@@ -23,6 +24,7 @@ from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.outside import complaint_of_shape
+from triton_analog.nn.parts import is_managed, whole_of
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.saved_state import SavedState
 from triton_analog.nn.settings import (
@@ -67,7 +69,7 @@ class AnalogMatrixLayer(SavedState):
             *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked", "_told"),
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
-            *("_missed_config", SLOT),
+            *("_missed_config", "_knows_ranks", SLOT),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
         }
     )
@@ -124,16 +126,23 @@ class AnalogMatrixLayer(SavedState):
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as torch does, and the analog state anew."""
-        super().reset_parameters()  # type: ignore[misc]
+        with self.whole("weight", "bias", write=True, of_first=True):
+            super().reset_parameters()  # type: ignore[misc]
         if "input_range" in self._parameters:  # torch's constructor comes here before there is any analog state
             self.reset_analog_state()
 
     @torch.no_grad()
     def reset_analog_state(self) -> None:
         """Ranges at their initial value with the start-up still to come; a learned clip at the largest weights; new noise."""
-        self._restart_range()
+        with self.whole("input_range", write=True):
+            self._restart_range()
         self.reset_weight_clip()
         self.redraw_weight_noise()
+
+    def set_input_range(self, values: Tensor) -> None:
+        """As :class:`RangeStartup` does it, of parameters in parts too."""
+        with self.whole("input_range", write=True):
+            super().set_input_range(whole_of(values))
 
     def _fit_state(self) -> None:
         """Create the parameters and buffers that the config needs and that are missing; drop those it does not."""
@@ -157,6 +166,16 @@ class AnalogMatrixLayer(SavedState):
         self._fit_weight_noise(self.weight.device)
         self._mark_undecayed()
         self._checked = self._numbers_of = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As torch's; ranges that get memory only now (``to_empty``) are at their start, as a file of the digital model has none
+        to load."""
+        without_memory = self.input_range is not None and self.input_range.is_meta  # the very object may get some
+        super()._apply(fn, recurse)
+        if without_memory and self.input_range is not None and not self.input_range.is_meta:
+            with torch.no_grad():
+                self._restart_range()
+        return self
 
     def _mark_undecayed(self) -> None:
         """Many trainers look for this attribute of a parameter before they let it decay."""
@@ -184,7 +203,8 @@ class AnalogMatrixLayer(SavedState):
         An optimizer that exists already does not know parameters added here.
 
         Raises:
-            ConfigError: the config is not valid or cuts the inputs into other slices. The layer is then unchanged.
+            ConfigError: the config is not valid, cuts the inputs into other slices, or needs other parameters where a sharding
+                library manages them. The layer is then unchanged.
         """
         check_config(rpu_config)
         new, old = split_sizes(self.tile_shape[1], rpu_config.mapping.max_input_size), self.get_split_sizes()
@@ -193,12 +213,25 @@ class AnalogMatrixLayer(SavedState):
                 f"mapping.max_input_size: got {rpu_config.mapping.max_input_size}, which cuts {sum(new)} inputs into slices "
                 f"of {new}, but this layer has slices of {old}; build the layer with that max_input_size instead"
             )
+        self._refuse_other_parameters(rpu_config)
         learned = self.rpu_config.pre_post.input_range.learn_input_range
         self.rpu_config = copy.deepcopy(rpu_config)
         effects.warn_of([self.rpu_config], self._told)
         if self.input_range is not None and rpu_config.pre_post.input_range.learn_input_range != learned:
             self.input_range.requires_grad_(not learned)
         self._fit_state()
+
+    def _refuse_other_parameters(self, rpu_config: TorchInferenceRPUConfig, is_wrapped: bool = False) -> None:
+        """What has sharded or wrapped a model knows its parameters: one more would not be synchronised, one less come back."""
+        for name, path, wanted in (
+            ("input_range", "pre_post.input_range", is_static(rpu_config)),
+            ("learnable_weight_clip", "clip.type", learns_clip(rpu_config)),
+        ):
+            if wanted != (self._parameters[name] is not None) and (is_wrapped or is_managed(self)):
+                raise ConfigError(
+                    f"{path}: this config {'needs' if wanted else 'has no'} {name}, but the model was sharded or "
+                    f"wrapped {'without' if wanted else 'with'} it; convert or reconfigure it first, and shard or wrap it then"
+                )
 
     def stop_quantizing(self) -> None:
         """Switch weight quantization and clip off in this layer's config."""
@@ -254,9 +287,7 @@ class AnalogMatrixLayer(SavedState):
             if self.rpu_config != self._checked:
                 self.rpu_config.validate()
                 self._check_state()
-                # Else the config is one for a while, as while ranges are calibrated.
-                if "analog_matmul" not in vars(self):
-                    effects.warn_of([self.rpu_config], self._told)
+                effects.warn_of([self.rpu_config], self._told)
                 self._checked = copy.deepcopy(self.rpu_config)
                 known = settings(self.rpu_config)
                 self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
@@ -320,6 +351,21 @@ class AnalogMatrixLayer(SavedState):
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
         return product(x, matrix, bias, input_range, self.learnable_weight_clip, seed, weight_seed, tile, wmax, numbers)
+
+    def matmul_without_range(
+        self,
+        numbers: Numbers,
+        x: Tensor,
+        one_forward: OneForward | None = None,
+        product: Callable[..., Tensor] = linear,
+    ) -> Tensor:
+        """The product as ``numbers`` say, which ask for no input range: the stored one stays out of it."""
+        matrix, tile, wmax = self.matrix, None, None
+        if one_forward is not None:
+            if one_forward.tile is None:
+                one_forward.tile = self._tile_of_all(one_forward, x, matrix, numbers)
+            tile, wmax = one_forward.tile
+        return product(x, matrix, self.bias, None, self.learnable_weight_clip, None, None, tile, wmax, numbers)
 
     def _tile_of_all(
         self, one_forward: OneForward, x: Tensor, matrix: Tensor, numbers: Numbers

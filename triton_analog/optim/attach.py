@@ -14,7 +14,7 @@ from triton_analog.nn.outside import check_layers
 from triton_analog.optim.after_step import AfterStep, clipped_with, stepped_by
 from triton_analog.optim.decay import WithoutDecay
 from triton_analog.optim.layers import KnownLayers, layers_of
-from triton_analog.optim.masters import Masters, found_masters, given_masters, is_partitioned, may_step
+from triton_analog.optim.masters import Masters, found_masters, given_masters, may_step
 from triton_analog.optim.optimizer import AnalogOptimizer
 
 
@@ -27,7 +27,7 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
     or the accumulation of gradients leaves out count for nothing. A CUDA graph may capture the work together with the step.
 
     Where the optimizer steps copies of the weights in higher precision (master weights), those are clipped and the weights
-    take their values. DeepSpeed's are known (ZeRO stages 1 and 2, its bf16 and fp16 optimizers); others are recognised by
+    take their values. DeepSpeed's are known (all stages of ZeRO, its bf16 and fp16 optimizers); others are recognised by
     their values if they are whole copies; else pass ``master``.
 
     Attaching again changes nothing and returns the same handle. Copies and pickles of the optimizer are not attached.
@@ -44,7 +44,7 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
         ValueError: ``model`` has no analog layer; the optimizer steps none of the weights that are to be clipped (or, where
             there is none, as for a frozen analog base with digital adapters, no parameter of the model), nor masters of them;
             a layer's weight was replaced by one of another shape; it is attached to some of the layers only, or with another
-            ``master``; a ``master`` does not fit; or masters are partitioned (ZeRO stage 3) or cannot be told apart.
+            ``master``; a ``master`` does not fit; or masters cannot be told apart.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
@@ -65,11 +65,6 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
         masters = found_masters(to_clip or trained, model.parameters(), inner)
     else:
         masters = given_masters(master, weights, inner)
-    if any(map(is_partitioned, to_clip)):
-        raise ValueError(
-            "model: its weights are partitioned by DeepSpeed's ZeRO stage 3, where no rank has a whole weight to clip; use "
-            "stage 1 or 2, or a config without a Gaussian clip (clip.type)"
-        )
     _check_steps(inner, masters, to_clip, model)
     attachment = Attachment(model, inner, around[-1] if around else None, masters)
     attachment.start()

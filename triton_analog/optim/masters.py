@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from triton_analog.nn.parts import has_master, is_partitioned, read_master, write_master
 
 
 class Masters(NamedTuple):
@@ -62,7 +63,7 @@ def found_masters(
 ) -> Masters | None:
     """The masters of those of ``weights`` that ``optimizer`` does not hold itself; None if no weight has one.
 
-    DeepSpeed's are known to DeepSpeed (ZeRO stages 1 and 2, and its bf16 and fp16 optimizers). Other masters are parameters
+    DeepSpeed's are known to DeepSpeed (all stages of ZeRO, and its bf16 and fp16 optimizers). Other masters are parameters
     of ``optimizer`` that are not of the model, and that rounded to the dtype of just one weight equal it.
 
     Raises:
@@ -70,10 +71,8 @@ def found_masters(
     """
     held_here = {id(parameter) for parameter in held(optimizer)}
     weights = [weight for weight in weights if id(weight) not in held_here]
-    deepspeed: Any = sys.modules.get("deepspeed.utils")
-    if deepspeed is not None and any(_deepspeed_has(weight) for weight in weights):
-        read, write = deepspeed.safe_get_full_fp32_param, deepspeed.safe_set_full_fp32_param
-        return Masters(_deepspeed_has, read, write, lasting=False)
+    if any(_deepspeed_has(weight) for weight in weights):
+        return Masters(_deepspeed_has, read_master, write_master, lasting=False)  # type: ignore[arg-type]
     own = {id(parameter) for parameter in model_parameters}
     others = [parameter for parameter in held(optimizer) if id(parameter) not in own]
     found: dict[int, Tensor] = {}
@@ -113,14 +112,8 @@ def _mapped(master: dict[int, Tensor]) -> Masters:
     )
 
 
-def is_partitioned(weight: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO stage 3 has cut ``weight``, so that no rank holds it."""
-    return hasattr(weight, "ds_id")
-
-
 def _deepspeed_has(weight: Tensor) -> bool:
-    # On every rank, also where the mapping is None because another rank has the part with the weight.
-    return hasattr(weight, "_hp_mapping") or is_partitioned(weight)
+    return has_master(weight) or is_partitioned(weight)
 
 
 @torch.no_grad()

@@ -1,0 +1,181 @@
+"""What waits for an optimizer's step: changes of a stored range where that is kept in parts, and what decides about its decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from triton_analog.calls import Numbers
+from triton_analog.config import TorchInferenceRPUConfig
+from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.before_step import watch
+from triton_analog.nn.compilers import run_while_tracing
+from triton_analog.nn.sharding import has_deepspeed_master, is_dtensor, is_gathered, own_part
+from triton_analog.ops._transforms import is_transforming
+
+
+class RangeShift(AnalogLayerBase):
+    """The part of a layer that its input ranges need around the steps of an optimizer.
+
+    **The shift.** FSDP2, DeepSpeed's ZeRO and other masters keep the tensor that is stepped apart from the one that a forward
+    sees, and what a start-up wrote into the latter would be lost. There it writes ``input_range_shift [S]`` (a buffer in fp32
+    or more that is not saved) instead: what the stored range still lacks. Forwards add it, state dicts have the sum, and
+    before the next step it goes into what is stepped (:mod:`triton_analog.nn.before_step`). Elsewhere it stays 0, and nothing is
+    launched for it.
+
+    **The tally.** How many inputs a backward found unclipped arrives as the gradient of ``range_tally [2, S]``, so that autograd
+    adds up micro-batches and nothing scales it with the loss. Range decay is decided by it once per step. It is no buffer:
+    ``DistributedDataParallel`` would hand the first rank's to all others.
+    """
+
+    rpu_config: TorchInferenceRPUConfig
+    groups: int
+    input_range: nn.Parameter | None
+    input_range_shift: Tensor | None
+    range_tally: Tensor | None = None
+
+    has_range_master = False
+    """Whether an optimizer steps a copy of the range in its place."""
+    _is_shifted = False  # whether the shift may be other than 0, as the host knows
+    _shifts_in_graphs = False  # a compiled forward tells the host nothing
+
+    # ---- The shift ------------------------------------------------------------------------------------------------------
+
+    def stores_range_apart(self) -> bool:
+        """Whether what a forward writes into the range would be lost."""
+        parameter = self._parameters.get("input_range")
+        return self.has_range_master or has_deepspeed_master(parameter) or is_gathered(self, "input_range")
+
+    def is_shifted(self) -> bool:
+        """Whether the range in use may be another than the stored one."""
+        return self._is_shifted or self._shifts_in_graphs
+
+    @torch.no_grad()
+    def _range_to_learn(self) -> Tensor | None:
+        """A copy of the range in use, to be changed in place, where the stored one must not be; else None."""
+        assert self.input_range is not None
+        assert self.input_range_shift is not None
+        compiling = torch.compiler.is_compiling()
+        if not (_shifts_in_graph(self) if compiling else self.stores_range_apart()):
+            return None
+        range_, shift = self.input_range.detach(), self.input_range_shift
+        return range_ + shift if compiling or self.is_shifted() else range_.to(shift.dtype, copy=True)
+
+    @torch.no_grad()
+    def _shift_to(self, range_: Tensor) -> None:
+        """Let ``range_`` be the range in use."""
+        assert self.input_range is not None
+        assert self.input_range_shift is not None
+        self.input_range_shift.copy_(range_ - self.input_range.detach())
+        if not torch.compiler.is_compiling():
+            self._is_shifted = True
+
+    def range_in_use(self, stored: Tensor) -> Tensor:
+        """The stored range and what it lacks; differentiable by ``stored``."""
+        return stored if self.input_range_shift is None else stored + self.input_range_shift
+
+    @torch.no_grad()
+    def fold_shift(self, stepped: Tensor, start: int = 0) -> None:
+        """Put the shift into ``stepped``: what an optimizer steps for the range, or a part of it that begins at ``start``. The
+        shift stays until :meth:`drop_shift`."""
+        assert self.input_range_shift is not None
+        local: Any = stepped
+        part = self.input_range_shift[start : start + stepped.numel()]
+        if is_dtensor(stepped):
+            local, part = local.to_local(), self.input_range_shift[own_part(self, stepped)]
+        local.add_(part.to(local.device))
+
+    @torch.no_grad()
+    def drop_shift(self) -> None:
+        """The stored range is the one in use."""
+        self._is_shifted = False
+        if self.input_range_shift is not None:
+            self.input_range_shift.zero_()
+
+    @torch.no_grad()
+    def _saved_range(self, saved: Any) -> Any:
+        """The range in use, in the form of ``saved``, what a state dict has of the stored one."""
+        if not self.is_shifted() or saved.numel() == 0:
+            return saved
+        assert self.input_range_shift is not None
+        shift = self.input_range_shift
+        if not is_dtensor(saved):
+            return (saved.detach() + shift.to(saved.device)).to(saved.dtype)
+        local = saved.to_local()
+        local = (local + shift[own_part(self, saved)].to(local.device)).to(local.dtype)
+        return type(saved).from_local(
+            local, saved.device_mesh, saved.placements, run_check=False, shape=saved.shape, stride=saved.stride()
+        )
+
+    # ---- The tally ------------------------------------------------------------------------------------------------------
+
+    def _tally_of(self, range_: Tensor | None, numbers: Numbers) -> Tensor | None:
+        """Where a training forward with ``range_`` counts for its decay.
+
+        None where that cannot decay, and for one that ``functional_call`` put in the place of the layer's own: no layer finds
+        the optimizer that steps it, so its gradient has the decay.
+        """
+        if range_ is None or not range_.requires_grad or numbers.fast_mode or torch.jit.is_tracing():
+            return None
+        if range_.__class__ is Tensor and not (torch.compiler.is_compiling() or is_transforming()):
+            return None
+        return self.range_tally
+
+    def _renew_tally(self) -> None:
+        range_ = self.input_range
+        self.range_tally = None if range_ is None else _wide_zeros(range_, 2, range_.numel()).requires_grad_()
+
+    def take_tally(self) -> Tensor | None:
+        """What was counted since this was last called, ``[2, S]``: unclipped inputs, and all of them. None if nothing was."""
+        if self.range_tally is None:
+            return None
+        counted, self.range_tally.grad = self.range_tally.grad, None
+        return counted
+
+    # ---- State ----------------------------------------------------------------------------------------------------------
+
+    def _fit_shift(self) -> None:
+        """A shift and a tally exactly where there is a range."""
+        range_ = self.input_range
+        if range_ is None:
+            self.input_range_shift = self.range_tally = None
+            self._is_shifted = False
+        elif (shift := self.input_range_shift) is None or (shift.shape, shift.device) != (range_.shape, range_.device):
+            self.input_range_shift = _wide_zeros(range_, range_.numel())
+            self._is_shifted = False
+            self._renew_tally()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """The shift keeps the precision that it has, whatever becomes of the range."""
+        super()._apply(fn, recurse)
+        shift = self.input_range_shift
+        if shift is not None and shift.dtype in (torch.bfloat16, torch.float16):
+            self.input_range_shift = shift.float()
+        if self.range_tally is not None:
+            self._renew_tally()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and pickles come here; files of before have neither."""
+        super().__setstate__(state)
+        if "input_range_shift" not in self._buffers:
+            self.register_buffer("input_range_shift", None, persistent=False)
+        self._fit_shift()
+        watch(self)
+
+
+@run_while_tracing
+def _shifts_in_graph(layer: RangeShift) -> bool:
+    """Whether the graph that is traced writes a shift. Whatever it is then, the host does not know it."""
+    apart = layer.stores_range_apart()
+    layer._shifts_in_graphs = layer._shifts_in_graphs or apart
+    return apart
+
+
+def _wide_zeros(range_: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(
+        shape, dtype=torch.promote_types(range_.dtype, torch.float32), device=range_.device
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_analog.launch.plan import PLANS
 from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import composite
-from triton_analog.ops._transforms import Gradient, is_differentiating, is_transforming, needs_gradient
+from triton_analog.ops._transforms import Gradient, is_transforming, needs_gradient
 from triton_analog.ops.linear import linear_backward, linear_forward
 from triton_analog.reference import Patches, num_slices
 
@@ -369,8 +369,7 @@ def linear(
     """:func:`triton_analog.functional.analog_linear`, of arguments that were sorted before.
 
     With ``range_tally [2, groups * S]``, whose values do not matter, the range's gradient is without its decay. The gradient of
-    the tally is how many inputs did not clip, and how many there were. Under ``vmap`` alone it is left out, and the range's
-    gradient has the decay; ``torch.func.grad`` and its kin give the gradient without one, as ``backward`` does.
+    the tally is how many inputs did not clip, and how many there were. (Under a transform of ``torch.func`` it has none.)
     """
     tensors = x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax, range_tally
     if torch.compiler.is_compiling():  # then one call is traced, and none of the checks
@@ -411,8 +410,7 @@ def _product(settings: _Settings, *tensors: Any) -> Tensor:
     if is_transforming():
         if needs_gradient(tensors[:5]):
             *others, tally = tensors
-            tally = tally.detach() if tally is not None and is_differentiating() else None
-            return _AnalogLinear.apply(*others, tally, settings)[0]
+            return _AnalogLinear.apply(*others, None if tally is None else tally.detach(), settings)[0]
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5]):
         return _EagerAnalogLinear.apply(*tensors, settings)
     return linear_forward(*tensors[:-1], *settings.forward, False)[0]

@@ -14,8 +14,6 @@ from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.before_step import watch
 from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.sharding import has_deepspeed_master, is_dtensor, is_gathered, own_part
-from triton_analog.ops._transforms import is_transforming
-
 
 class RangeShift(AnalogLayerBase):
     """The part of a layer that its input ranges need around the steps of an optimizer.
@@ -113,14 +111,8 @@ class RangeShift(AnalogLayerBase):
     # ---- The tally ------------------------------------------------------------------------------------------------------
 
     def _tally_of(self, range_: Tensor | None, numbers: Numbers) -> Tensor | None:
-        """Where a training forward with ``range_`` counts for its decay.
-
-        None where that cannot decay, and for one that ``functional_call`` put in the place of the layer's own: no layer finds
-        the optimizer that steps it, so its gradient has the decay.
-        """
+        """Where a training forward with ``range_`` counts for its decay; None where that cannot decay."""
         if range_ is None or not range_.requires_grad or numbers.fast_mode or torch.jit.is_tracing():
-            return None
-        if range_.__class__ is Tensor and not (torch.compiler.is_compiling() or is_transforming()):
             return None
         return self.range_tally
 

@@ -8,20 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_unwrapped, is_functorch_wrapped_tensor
-from torch._functorch.pyfunctorch import (
-    FunctionalizeInterpreter,
-    retrieve_all_functorch_interpreters,
-    retrieve_current_functorch_interpreter,
-)
+from torch._functorch.pyfunctorch import FunctionalizeInterpreter, retrieve_current_functorch_interpreter
 from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 
 is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Whether a call is inside of ``vmap``, ``grad`` or another transform of ``torch.func``."""
-
-
-def is_differentiating() -> bool:
-    """Whether one of the transforms that a call is inside of takes gradients."""
-    return any(level.key() == TransformType.Grad for level in retrieve_all_functorch_interpreters())
 
 
 def forward_mode(name: str) -> NotImplementedError:

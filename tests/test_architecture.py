@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    "hints", "reference", "launch", "lang", "ops", "calls", "idle_arguments", "functional", "config", "nn",
+    "hints", "reference", "launch", "lang", "ops", "seeds", "calls", "idle_arguments", "functional", "config", "nn",
     "range_statistics", "calibrate", "surroundings", "coverage", "convert", "summary", "restore", "optim", "inference",
     "aihwkit_bridge", "integrations", "lightning", "tuning", "version", "",
 )  # fmt: skip

@@ -15,6 +15,7 @@ from triton_analog.ops._operator import composite
 from triton_analog.ops._transforms import Gradient, is_transforming, needs_gradient
 from triton_analog.ops.linear import linear_backward, linear_forward
 from triton_analog.reference import Patches, num_slices
+from triton_analog.seeds import mix_rank
 
 Kind = Literal["none", "per_tensor", "per_channel"]
 SaveInput = Literal["full", "int8"]
@@ -188,9 +189,10 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
 def draw_seed(device: torch.device | str) -> Tensor:
     """A fresh 63-bit seed on ``device``, from torch's default generator of that device: int64 ``[1]``.
 
-    ``torch.manual_seed``, CUDA graphs and activation checkpointing govern it as they do dropout.
+    ``torch.manual_seed``, CUDA graphs and activation checkpointing govern it as they do dropout. Data-parallel ranks that are
+    seeded alike draw different ones (:func:`triton_analog.seeds.set_noise_rank`).
     """
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return mix_rank(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device))
 
 
 def input_dtype(x: Tensor) -> torch.dtype:

@@ -72,6 +72,7 @@ class AnalogMatrixLayer(SavedState):
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
             *("_missed_config", SLOT),
             *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
+            *("_seed_rank", "_was_gathered"),
         }
     )
     """What an instance holds beyond its torch layer, and leaves behind when it becomes digital."""
@@ -303,7 +304,7 @@ class AnalogMatrixLayer(SavedState):
         if starts_up or noise_lasts:
             # The call would refuse it only after the layer has changed.
             check_input(x, matrix, numbers.groups, numbers.patches)
-        tally = self._tally_of(input_range, numbers) if numbers.training and numbers.range_decay > 0 else None
+        tally = self._tally_of(input_range) if numbers.training else None
         if starts_up:
             self._learn_range(x)
         elif one_forward is not None:
@@ -333,6 +334,7 @@ class AnalogMatrixLayer(SavedState):
         """Before the first training forward: what can only be known then."""
         refuse_flat_parameters(self)
         watch(self)
+        self._own_the_seed()
         vars(self)["was_called"] = True
 
     def _tile_of_all(

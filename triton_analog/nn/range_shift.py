@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from triton_analog.calls import Numbers
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.before_step import watch
@@ -110,11 +109,12 @@ class RangeShift(AnalogLayerBase):
 
     # ---- The tally ------------------------------------------------------------------------------------------------------
 
-    def _tally_of(self, range_: Tensor | None, numbers: Numbers) -> Tensor | None:
+    def _tally_of(self, range_: Tensor | None) -> Tensor | None:
         """Where a training forward with ``range_`` counts for its decay; None where that cannot decay."""
-        if range_ is None or not range_.requires_grad or numbers.fast_mode or torch.jit.is_tracing():
+        if range_ is None or not range_.requires_grad:
             return None
-        return self.range_tally
+        config = self.rpu_config.pre_post.input_range
+        return self.range_tally if config.decay > 0 and not config.fast_mode and not torch.jit.is_tracing() else None
 
     def _renew_tally(self) -> None:
         range_ = self.input_range

@@ -26,6 +26,14 @@ _inner: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 """Optimizers that others call for a part of their own parameters, which have had it all before."""
 
 
+class _Steps:
+    taken = 0
+
+
+STEPS = _Steps()
+"""Of all optimizers, since the first layer was trained and as far as they are seen."""
+
+
 def watch(layer: Any) -> None:
     """Do this work for ``layer`` (a ``RangeShift``) before each step of an optimizer that steps its input range."""
     _start()
@@ -58,7 +66,8 @@ def _say_what_is_not_seen() -> None:
 def before_step_of(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     """The work before a step of ``optimizer`` with these arguments, as a pre-hook of a step. A closure takes the gradients
     itself, so the work comes after each of its calls."""
-    if optimizer in _inner or not _layers:
+    STEPS.taken += 1
+    if optimizer in _inner:
         return None
     inner = getattr(optimizer, "optim", None)  # as torch's ZeroRedundancyOptimizer has it
     if isinstance(inner, Optimizer):

@@ -71,8 +71,8 @@ class AnalogMatrixLayer(SavedState):
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked", "_told"),
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
             *("_missed_config", SLOT),
-            *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
-            *("_seed_rank", "_was_gathered"),
+            *("_last_seen", "_steps_without_clip"),
+            *("weight_noise_seed", "_kept_noise", "_seed_rank", "_was_gathered"),
         }
     )
     """What an instance holds beyond its torch layer, and leaves behind when it becomes digital."""

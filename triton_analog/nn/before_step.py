@@ -87,7 +87,7 @@ def before_step_of(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     return args, {**kwargs, "closure": closure_and_work}
 
 
-before_compiled_step = outside_of_graphs(before_step_of)
+before_step_outside = outside_of_graphs(before_step_of)
 
 
 @torch.no_grad()

@@ -333,6 +333,7 @@ class AnalogMatrixLayer(SavedState):
     def _begin_training(self) -> None:
         """Before the first training forward: what can only be known then."""
         refuse_flat_parameters(self)
+        self._refuse_unknown_master()
         watch(self)
         self._own_the_seed()
         vars(self)["was_called"] = True

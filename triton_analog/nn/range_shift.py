@@ -46,6 +46,20 @@ class RangeShift(AnalogLayerBase):
         parameter = self._parameters.get("input_range")
         return self.has_range_master or has_deepspeed_master(parameter) or is_gathered(self, "input_range")
 
+    def _refuse_unknown_master(self) -> None:
+        """DeepSpeed's optimizers step flat tensors, in which nothing finds this layer's range by itself.
+
+        Raises:
+            RuntimeError: nothing knows the range's master.
+        """
+        range_ = self._parameters.get("input_range")
+        if range_ is not None and range_.requires_grad and has_deepspeed_master(range_) and not self.has_range_master:
+            raise RuntimeError(
+                f"input_range: DeepSpeed steps a copy of that of this {type(self).__name__}, which would lose what the range learns "
+                "from data, and its decay. Call triton_analog.optim.attach(engine, optimizer) with what deepspeed.initialize "
+                "gave, or train with AnalogCallback in a Trainer, before the first training forward"
+            )
+
     def is_shifted(self) -> bool:
         """Whether the range in use may be another than the stored one."""
         return self._is_shifted or self._shifts_in_graphs

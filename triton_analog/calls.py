@@ -98,7 +98,8 @@ class _Settings(NamedTuple):
 
 
 class _AnalogLinear(Gradient):
-    """Of the tensors of :func:`linear`, the tally last, and their settings. Gives what :func:`linear_forward` gives, the output first."""
+    """Of the tensors of :func:`linear`, the tally last, and their settings. Gives what :func:`linear_forward` gives, the output
+    first."""
 
     NAME = "analog_linear"
 
@@ -340,7 +341,7 @@ def _known(numbers: Numbers, autocast: torch.dtype | None, *tensors: Any) -> _Kn
     return _Known()
 
 
-def _settings_of(tensors: Sequence[Any], numbers: Numbers) -> _Settings:
+def _settings_of(tensors: Any, numbers: Numbers) -> _Settings:
     """:func:`_checked`, once for each signature."""
     try:
         autocast = torch.get_autocast_dtype(tensors[0].device.type) if _autocasts(tensors[0]) else None
@@ -381,9 +382,9 @@ def linear(
 
 
 def _linear(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
-    *tensors, tally = tensors
-    settings = _settings_of(tensors, numbers)
-    x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax = tensors
+    *others, tally = tensors
+    settings = _settings_of(others, numbers)
+    x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax = others
     groups, patches = numbers.groups, numbers.patches
     if x.dtype != settings.dtype:
         x = x.to(settings.dtype)

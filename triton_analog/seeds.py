@@ -1,8 +1,7 @@
-"""Which noise a rank draws where all ranks are seeded alike: data-parallel ranks different noise, parts of one replica the same."""
+"""Which noise ranks draw that are seeded alike: data-parallel ones different noise, parts of one replica the same."""
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

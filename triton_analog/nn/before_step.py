@@ -57,9 +57,8 @@ def _say_what_is_not_seen() -> None:
     layers = [layer for layer in _layers if layer.input_range is not None and layer.training]
     if layers:
         warn_user(
-            f"the step of an optimizer is compiled, where {len(layers)} input range(s) neither decay nor take over what they have "
-            "learned; build an AnalogOptimizer, attach it with triton_analog.optim.attach, or leave the step eager",
-            UserWarning,
+            f"the step of an optimizer is compiled, so that {len(layers)} input range(s) do not decay in it, nor learn from data where "
+            "they are sharded; build an AnalogOptimizer, use triton_analog.optim.attach, or leave the step eager"
         )
 
 
@@ -90,18 +89,23 @@ def before_step_of(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
 before_step_outside = outside_of_graphs(before_step_of)
 
 
-@torch.no_grad()
 def _prepare(optimizer: Optimizer) -> None:
     layers = {id(layer._parameters.get("input_range")): layer for layer in _layers}
     layers.pop(id(None), None)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    found = [(layers.pop(id(parameter)), parameter) for parameter in held if id(parameter) in layers]
-    # Frozen ranges learn from data too, and then nobody holds them.
-    idle = [(layer, range_) for layer in layers.values() if is_dtensor(range_ := layer._parameters["input_range"])]
-    fold_shifts(found + [(layer, range_) for layer, range_ in idle if not range_.requires_grad])
-    scale = getattr(optimizer, "grad_scale", None)  # that a fused optimizer divides by itself
+    found = [layers.pop(id(parameter)) for parameter in held if id(parameter) in layers]
+    # Frozen ranges learn from data too, and then nobody may hold them.
+    frozen = [layer for layer in layers.values() if not layer._parameters["input_range"].requires_grad]
+    fold_shifts(layer for layer in frozen if is_dtensor(layer._parameters["input_range"]))
+    prepare(found, getattr(optimizer, "grad_scale", None))  # the scale that a fused optimizer divides by itself
+
+
+@torch.no_grad()
+def prepare(layers: Sequence[Any], scale: Tensor | None = None) -> None:
+    """Fold the shifts of ``layers`` and add decays to their ranges' gradients, which are ``scale`` times what they should be."""
+    fold_shifts(layers)
     grads, ranges, dues = [], [], []
-    for layer, range_, due in decays_of([layer for layer, _ in found]):
+    for layer, range_, due in decays_of(layers):
         if range_.grad is not None:
             grad, own, due = _parts(layer, range_, due if scale is None else due * scale.to(due.device))
             grads.append(grad)
@@ -111,11 +115,11 @@ def _prepare(optimizer: Optimizer) -> None:
         torch._foreach_addcmul_(grads, ranges, dues)
 
 
-def fold_shifts(pairs: Iterable[tuple[Any, Tensor]]) -> None:
-    """Put the shifts of layers into what is stepped for their ranges."""
-    for layer, stepped in pairs:
+def fold_shifts(layers: Iterable[Any]) -> None:
+    """Put the shifts of layers into their stored ranges."""
+    for layer in layers:
         if layer.is_shifted():
-            layer.fold_shift(stepped)
+            layer.fold_shift(layer._parameters["input_range"])
             layer.drop_shift()
 
 

@@ -13,6 +13,8 @@ from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.before_step import watch
 from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.sharding import has_deepspeed_master, is_dtensor, is_gathered, own_part
+from triton_analog.ops._transforms import is_transforming
+
 
 class RangeShift(AnalogLayerBase):
     """The part of a layer that its input ranges need around the steps of an optimizer.
@@ -55,8 +57,8 @@ class RangeShift(AnalogLayerBase):
         range_ = self._parameters.get("input_range")
         if range_ is not None and range_.requires_grad and has_deepspeed_master(range_) and not self.has_range_master:
             raise RuntimeError(
-                f"input_range: DeepSpeed steps a copy of that of this {type(self).__name__}, which would lose what the range learns "
-                "from data, and its decay. Call triton_analog.optim.attach(engine, optimizer) with what deepspeed.initialize "
+                f"input_range: DeepSpeed steps a copy of that of this {type(self).__name__}, and what the range learns from "
+                "data, and its decay, would be lost. Call triton_analog.optim.attach(engine, optimizer) with what deepspeed.initialize "
                 "gave, or train with AnalogCallback in a Trainer, before the first training forward"
             )
 
@@ -127,6 +129,10 @@ class RangeShift(AnalogLayerBase):
         """Where a training forward with ``range_`` counts for its decay; None where that cannot decay."""
         if range_ is None or not range_.requires_grad:
             return None
+        tally = self.range_tally
+        moved = tally is None or tally.device != range_.device  # by something that does not move modules
+        if moved and not (torch.compiler.is_compiling() or is_transforming()):
+            self._renew_tally()
         config = self.rpu_config.pre_post.input_range
         return self.range_tally if config.decay > 0 and not config.fast_mode and not torch.jit.is_tracing() else None
 
@@ -182,6 +188,4 @@ def _shifts_in_graph(layer: RangeShift) -> bool:
 
 
 def _wide_zeros(range_: Tensor, *shape: int) -> Tensor:
-    return torch.zeros(
-        shape, dtype=torch.promote_types(range_.dtype, torch.float32), device=range_.device
-    )
+    return torch.zeros(shape, dtype=torch.promote_types(range_.dtype, torch.float32), device=range_.device)

@@ -24,7 +24,7 @@ def is_gathered(layer: nn.Module, name: str) -> bool:
     if hasattr(parameter, "ds_id") or is_dtensor(parameter):
         return True
     # FSDP2 shows a layer plain tensors while it runs, but leaves a hook with it.
-    return any([getattr(hook, "__module__", "").startswith(_FSDP2) for hook in layer._state_dict_pre_hooks.values()])
+    return any(getattr(hook, "__module__", "").startswith(_FSDP2) for hook in layer._state_dict_pre_hooks.values())
 
 
 def is_partitioned(parameter: Any) -> bool:

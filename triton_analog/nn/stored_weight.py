@@ -200,8 +200,8 @@ class StoredWeight(AnalogLayerBase):
         """Warn once if optimizers go on taking steps but the weight is never clipped: then another one than its own takes them.
 
         Forwards would be the wrong thing to count: a recurrent layer, or the accumulation of gradients, runs many of them per
-        step. Every change in place raises the version of a tensor, a number on the host, but one that is gathered for each forward
-        changes with each: steps of optimizers are counted then. A compiled forward must not change Python state, so it does
+        step. Every change in place raises the version of a tensor, a number on the host. That of one that is gathered for each
+        forward says nothing: steps of optimizers are counted then. A compiled forward must not change Python state, so it does
         not watch.
         """
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.weight.requires_grad):

@@ -255,7 +255,11 @@ def _fake(
     grad: Tensor, x: Tensor, input_range: Tensor | None, decay: float, needs_steps: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, K = x.shape
-    dr = empty_range_grad(input_range, decay) if input_range is not None else grad.new_empty(0, dtype=check.wide_dtype(grad))
+    dr = (
+        empty_range_grad(input_range, decay)
+        if input_range is not None
+        else grad.new_empty(0, dtype=check.wide_dtype(grad))
+    )
     return grad.new_empty(M, K), dr, grad.new_empty(M if needs_steps else 0, K)
 
 

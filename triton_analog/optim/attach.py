@@ -162,8 +162,8 @@ def _warn_of_ranges(layers: list[AnalogLayerBase], optimizer: Optimizer, masters
     lost = [r for r in _trained_ranges(layers) if masters is not None and id(r) not in own and not masters.has(r)]
     if lost:
         warn_user(
-            f"master: the optimizer steps copies of weights, but {len(lost)} input range(s) neither as they are nor by a copy that "
-            "is known: what they learn from data may be overwritten by one, and they do not decay. Pass master={layer.weight: "
+            f"master: the optimizer steps copies of weights, but {len(lost)} input range(s) neither as they are nor by a known "
+            "copy: what they learn from data may be overwritten by one, and they do not decay. Pass master={layer.weight: "
             "its copy, layer.input_range: its copy, ...}, or freeze the ranges (learn_input_range = False)"
         )
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from triton_analog.nn.sharding import has_deepspeed_master
 
+
 class Masters(NamedTuple):
     """The masters of some weights."""
 
@@ -30,7 +31,8 @@ def given_masters(master: Any, weights: Iterable[Tensor], optimizer: Optimizer) 
 
     Raises:
         TypeError: ``master`` is no mapping between tensors.
-        ValueError: a key is no weight or input range of an analog layer, a master has another shape, or ``optimizer`` does not step it.
+        ValueError: a key is no weight or input range of an analog layer, a master has another shape, or ``optimizer`` does not
+            step it.
     """
     if not isinstance(master, Mapping) or not all(isinstance(t, Tensor) for pair in master.items() for t in pair):
         raise TypeError(
@@ -95,7 +97,9 @@ def may_step(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
     tensors = held(optimizer)
     own = {id(tensor) for tensor in tensors}
     return any(
-        id(parameter) in own or has_deepspeed_master(parameter) or any(_may_be_master(other, parameter) for other in tensors)
+        id(parameter) in own
+        or has_deepspeed_master(parameter)
+        or any(_may_be_master(other, parameter) for other in tensors)
         for parameter in parameters
     )
 

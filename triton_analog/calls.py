@@ -341,7 +341,7 @@ def _known(numbers: Numbers, autocast: torch.dtype | None, *tensors: Any) -> _Kn
     return _Known()
 
 
-def _settings_of(tensors: Any, numbers: Numbers) -> _Settings:
+def _settings_of(tensors: tuple[Any, Any, Any, Any, Any, Any, Any, Any, Any], numbers: Numbers) -> _Settings:
     """:func:`_checked`, once for each signature."""
     try:
         autocast = torch.get_autocast_dtype(tensors[0].device.type) if _autocasts(tensors[0]) else None
@@ -383,7 +383,7 @@ def linear(
 
 def _linear(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
     *others, tally = tensors
-    settings = _settings_of(others, numbers)
+    settings = _settings_of(tensors[:9], numbers)
     x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax = others
     groups, patches = numbers.groups, numbers.patches
     if x.dtype != settings.dtype:

@@ -57,7 +57,7 @@ def _say_what_is_not_seen() -> None:
     layers = [layer for layer in _layers if layer.input_range is not None and layer.training]
     if layers:
         warn_user(
-            f"the step of an optimizer is compiled, so that {len(layers)} input range(s) do not decay in it, nor learn from data where "
+            f"the step of an optimizer is compiled, so that {len(layers)} input range(s) do not decay, nor learn from data where "
             "they are sharded; build an AnalogOptimizer, use triton_analog.optim.attach, or leave the step eager"
         )
 

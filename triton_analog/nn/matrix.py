@@ -24,6 +24,7 @@ from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.outside import complaint_of_shape
 from triton_analog.nn.programmed import ProgrammedTile
+from triton_analog.nn.range_shift import SHIFTS
 from triton_analog.nn.saved_state import SavedState
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -66,7 +67,7 @@ class AnalogMatrixLayer(SavedState):
     ANALOG_NAMES: ClassVar[frozenset[str]] = frozenset(
         {
             *("input_range", "learnable_weight_clip"),
-            *("input_range_update_idx", "x_min", "x_max", "input_range_residual", "input_range_shift"),
+            *("input_range_update_idx", "x_min", "x_max", "input_range_residual", *SHIFTS),
             *("range_tally", "has_range_master", "_is_shifted", "_shifts_in_graphs", "_range_part"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked", "_told"),
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
@@ -111,7 +112,7 @@ class AnalogMatrixLayer(SavedState):
             self.register_parameter(name, None)
         for name in ("input_range_update_idx", "x_min", "x_max"):
             self.register_buffer(name, None)
-        for name in ("input_range_residual", "input_range_shift"):
+        for name in ("input_range_residual", *SHIFTS):
             self.register_buffer(name, None, persistent=False)
         self.__dict__["_buffers"] = BuffersWithConfig(self, self._buffers)
         self._fit_state()

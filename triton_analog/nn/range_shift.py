@@ -15,15 +15,19 @@ from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.sharding import has_deepspeed_master, is_dtensor, is_gathered, own_part
 from triton_analog.ops._transforms import is_transforming
 
+SHIFTS = ("input_range_shift", "input_range_shift_rest")
+"""Buffers of a layer."""
+
 
 class RangeShift(AnalogLayerBase):
     """The part of a layer that its input ranges need around the steps of an optimizer.
 
     **The shift.** FSDP2, DeepSpeed's ZeRO and other masters keep the tensor that is stepped apart from the one that a forward
-    sees, and what a start-up wrote into the latter would be lost. There it writes ``input_range_shift [S]`` (a buffer in fp32
-    or more that is not saved) instead: what the stored range still lacks. Forwards add it, state dicts have the sum, and
-    before the next step it goes into what is stepped (:mod:`triton_analog.nn.before_step`). Elsewhere it stays 0, and nothing is
-    launched for it.
+    sees, and what a start-up wrote into the latter would be lost. There it writes ``input_range_shift [S]`` instead: what the
+    stored range still lacks, and in ``input_range_shift_rest [S]`` what their sum rounds off (buffers in fp32 or more that are
+    not saved). So the range in use is to the last bit what it is elsewhere, which a clamp at the largest input of all asks
+    for. Forwards add both, state dicts have the sum, and before the next step it goes into what is stepped
+    (:mod:`triton_analog.nn.before_step`). Elsewhere they stay 0, and nothing is launched for them.
 
     **The tally.** How many inputs a backward found unclipped arrives as the gradient of ``range_tally [2, S]``, so that autograd
     adds up micro-batches and nothing scales it with the loss. Range decay is decided by it once per step. It is no buffer:
@@ -34,6 +38,7 @@ class RangeShift(AnalogLayerBase):
     groups: int
     input_range: nn.Parameter | None
     input_range_shift: Tensor | None
+    input_range_shift_rest: Tensor | None
     range_tally: Tensor | None = None
 
     has_range_master = False
@@ -58,8 +63,8 @@ class RangeShift(AnalogLayerBase):
         if range_ is not None and range_.requires_grad and has_deepspeed_master(range_) and not self.has_range_master:
             raise RuntimeError(
                 f"input_range: DeepSpeed steps a copy of that of this {type(self).__name__}, and what the range learns from "
-                "data, and its decay, would be lost. Call triton_analog.optim.attach(engine, optimizer) with what deepspeed.initialize "
-                "gave, or train with AnalogCallback in a Trainer, before the first training forward"
+                "data, and its decay, would be lost. Call triton_analog.optim.attach(engine, optimizer), with what "
+                "deepspeed.initialize gave, or train with AnalogCallback in a Trainer, before the first training forward"
             )
 
     def is_shifted(self) -> bool:
@@ -74,53 +79,64 @@ class RangeShift(AnalogLayerBase):
         compiling = torch.compiler.is_compiling()
         if not (_shifts_in_graph(self) if compiling else self.stores_range_apart()):
             return None
-        range_, shift = self.input_range.detach(), self.input_range_shift
-        return range_ + shift if compiling or self.is_shifted() else range_.to(shift.dtype, copy=True)
+        range_ = self.input_range.detach()
+        if compiling or self.is_shifted():
+            return self.range_in_use(range_)
+        return range_.to(self.input_range_shift.dtype, copy=True)
 
     @torch.no_grad()
     def _shift_to(self, range_: Tensor) -> None:
         """Let ``range_`` be the range in use."""
         assert self.input_range is not None
         assert self.input_range_shift is not None
-        self.input_range_shift.copy_(range_ - self.input_range.detach())
+        assert self.input_range_shift_rest is not None
+        stored = self.input_range.detach()
+        self.input_range_shift.copy_(range_ - stored)
+        self.input_range_shift_rest.copy_(range_ - (stored + self.input_range_shift))
         if not torch.compiler.is_compiling():
             self._is_shifted = True
 
     def range_in_use(self, stored: Tensor) -> Tensor:
         """The stored range and what it lacks; differentiable by ``stored``."""
-        return stored if self.input_range_shift is None else stored + self.input_range_shift
+        assert self.input_range_shift is not None
+        assert self.input_range_shift_rest is not None
+        return stored + self.input_range_shift + self.input_range_shift_rest
 
     @torch.no_grad()
     def fold_shift(self, stepped: Tensor, start: int = 0) -> None:
         """Put the shift into ``stepped``: what an optimizer steps for the range, or a part of it that begins at ``start``. The
         shift stays until :meth:`drop_shift`."""
-        assert self.input_range_shift is not None
         local: Any = stepped
-        part = self.input_range_shift[start : start + stepped.numel()]
+        part = slice(start, start + stepped.numel())
         if is_dtensor(stepped):
-            local, part = local.to_local(), self.input_range_shift[own_part(self, stepped)]
-        local.add_(part.to(local.device))
+            local, part = local.to_local(), own_part(self, stepped)
+        for lacking in (self.input_range_shift, self.input_range_shift_rest):
+            assert lacking is not None
+            local.add_(lacking[part].to(local.device))
 
     @torch.no_grad()
     def drop_shift(self) -> None:
         """The stored range is the one in use."""
         self._is_shifted = False
-        if self.input_range_shift is not None:
-            self.input_range_shift.zero_()
+        for lacking in (self.input_range_shift, self.input_range_shift_rest):
+            if lacking is not None:
+                lacking.zero_()
 
     @torch.no_grad()
     def _saved_range(self, saved: Any) -> Any:
         """The range in use, in the form of ``saved``, what a state dict has of the stored one."""
         if not self.is_shifted() or saved.numel() == 0:
             return saved
-        assert self.input_range_shift is not None
-        shift = self.input_range_shift
+        local, part = (saved.to_local(), own_part(self, saved)) if is_dtensor(saved) else (saved.detach(), slice(None))
+        in_use = local
+        for lacking in (self.input_range_shift, self.input_range_shift_rest):
+            assert lacking is not None
+            in_use = in_use + lacking[part].to(local.device)
+        in_use = in_use.to(local.dtype)
         if not is_dtensor(saved):
-            return (saved.detach() + shift.to(saved.device)).to(saved.dtype)
-        local = saved.to_local()
-        local = (local + shift[own_part(self, saved)].to(local.device)).to(local.dtype)
+            return in_use
         return type(saved).from_local(
-            local, saved.device_mesh, saved.placements, run_check=False, shape=saved.shape, stride=saved.stride()
+            in_use, saved.device_mesh, saved.placements, run_check=False, shape=saved.shape, stride=saved.stride()
         )
 
     # ---- The tally ------------------------------------------------------------------------------------------------------
@@ -153,19 +169,22 @@ class RangeShift(AnalogLayerBase):
         """A shift and a tally exactly where there is a range."""
         range_ = self.input_range
         if range_ is None:
-            self.input_range_shift = self.range_tally = None
+            self.input_range_shift = self.input_range_shift_rest = self.range_tally = None
             self._is_shifted = False
         elif (shift := self.input_range_shift) is None or (shift.shape, shift.device) != (range_.shape, range_.device):
-            self.input_range_shift = _wide_zeros(range_, range_.numel())
+            self.input_range_shift, self.input_range_shift_rest = (
+                _wide_zeros(range_, range_.numel()) for _ in range(2)
+            )
             self._is_shifted = False
             self._renew_tally()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """The shift keeps the precision that it has, whatever becomes of the range."""
         super()._apply(fn, recurse)
-        shift = self.input_range_shift
-        if shift is not None and shift.dtype in (torch.bfloat16, torch.float16):
-            self.input_range_shift = shift.float()
+        for name in SHIFTS:
+            lacking = getattr(self, name)
+            if lacking is not None and lacking.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, lacking.float())
         if self.range_tally is not None:
             self._renew_tally()
         return self
@@ -173,8 +192,9 @@ class RangeShift(AnalogLayerBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and pickles come here; files of before have neither."""
         super().__setstate__(state)
-        if "input_range_shift" not in self._buffers:
-            self.register_buffer("input_range_shift", None, persistent=False)
+        for name in SHIFTS:
+            if name not in self._buffers:
+                self.register_buffer(name, None, persistent=False)
         self._fit_shift()
         watch(self)
 

@@ -47,7 +47,8 @@ def _start() -> None:
 
 def _before_a_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
-        _say_what_is_not_seen()
+        if not getattr(optimizer, "has_analog_steps", False):
+            _say_what_is_not_seen()
         return None
     return before_step_of(optimizer, args, kwargs)
 

@@ -104,6 +104,7 @@ class Attachment:
         self._decay = WithoutDecay(KnownLayers(self.model), self._optimizer)
         self._hook = self._optimizer.register_step_post_hook(self)
         self._pre_hook = self._optimizer.register_step_pre_hook(self._before)
+        self._optimizer.has_analog_steps = True  # type: ignore[attr-defined]
         if self._around is not None:
             self._around_step = self._around.step
             self._around.step = self._counted_step
@@ -114,6 +115,7 @@ class Attachment:
             return
         self._hook.remove()
         self._pre_hook.remove()
+        vars(self._optimizer).pop("has_analog_steps", None)
         self._decay.remove()
         if isinstance(self._optimizer, AnalogOptimizer):
             self._optimizer._watch_steps()

@@ -53,6 +53,8 @@ class AnalogOptimizer(Optimizer):
     _own_hook: Any
     _after_step: AfterStep
     _warned_of_decay = False
+    has_analog_steps = True
+    """Whether its compiled steps are seen, too."""
 
     def __new__(cls, optimizer_class: Any, /, *args: Any, **kwargs: Any) -> AnalogOptimizer:
         return super().__new__(_subclass(_check_class(optimizer_class)))

@@ -15,6 +15,7 @@ from triton_analog.functional import analog_linear, update_input_range
 from triton_analog.nn import rnn_cells
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.rnn_cells import AnalogLSTMCell
+from triton_analog.optim import before_step
 
 M, N, K, TILE = 256, 128, 256, 64
 H100 = GPUTarget("cuda", 90, 32)

@@ -366,8 +366,8 @@ def linear(
     weight_seed: Tensor | None,
     tile_weight: Tensor | None,
     tile_wmax: Tensor | None,
-    range_tally: Tensor | None,
     numbers: Numbers,
+    range_tally: Tensor | None = None,
 ) -> Tensor:
     """:func:`triton_analog.functional.analog_linear`, of arguments that were sorted before.
 
@@ -377,7 +377,7 @@ def linear(
     tensors = x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax, range_tally
     if torch.compiler.is_compiling():  # then one call is traced, and none of the checks
         *others, patches = numbers
-        return _traced(*tensors, *others, None if patches is None else patches.numbers())
+        return _traced(*tensors[:9], *others, None if patches is None else patches.numbers(), range_tally)
     return _linear(tensors, numbers)
 
 
@@ -420,9 +420,10 @@ def _product(settings: _Settings, *tensors: Any) -> Tensor:
 
 
 def _from_operator(*arguments: Any) -> Tensor:
-    *others, patches = arguments[10:]
+    *others, patches = arguments[9 : 9 + len(Numbers._fields)]
     numbers = Numbers(*others, None if patches is None else Patches.of(patches))  # type: ignore[call-arg]
-    return _linear(arguments[:10], numbers)
+    tally = arguments[-1] if len(arguments) > 9 + len(Numbers._fields) else None
+    return _linear((*arguments[:9], tally), numbers)
 
 
 _traced = composite(

@@ -186,7 +186,7 @@ def analog_linear(
         out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay, input_min_percentage,
         fast_mode, training, save_input, groups, patches,
     )  # fmt: skip
-    y = linear(x, weight, bias, input_range, weight_clip, seed, weight_seed, tile, tile_wmax, None, numbers)
+    y = linear(x, weight, bias, input_range, weight_clip, seed, weight_seed, tile, tile_wmax, numbers)
     remark(numbers, input_range is not None)
     return y
 

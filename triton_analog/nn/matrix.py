@@ -300,7 +300,7 @@ class AnalogMatrixLayer(SavedState):
         seed = weight_seed = tile = wmax = None
         if self.programmed is not None:
             tile, wmax = self.programmed.as_(input_dtype(x), self.training)
-            return linear(x, matrix, bias, input_range, None, seed, weight_seed, tile, wmax, None, numbers)
+            return linear(x, matrix, bias, input_range, None, seed, weight_seed, tile, wmax, numbers)
         starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(numbers)
         if starts_up or noise_lasts:
             # The call would refuse it only after the layer has changed.
@@ -329,7 +329,7 @@ class AnalogMatrixLayer(SavedState):
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
         clip = self.learnable_weight_clip
-        return linear(x, matrix, bias, input_range, clip, seed, weight_seed, tile, wmax, tally, numbers)
+        return linear(x, matrix, bias, input_range, clip, seed, weight_seed, tile, wmax, numbers, tally)
 
     def _begin_training(self) -> None:
         """Before the first training forward: what can only be known then."""

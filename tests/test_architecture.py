@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    "hints", "tables", "reference", "launch", "lang", "ops", "calls", "idle_arguments", "functional", "config", "nn",
+    "hints", "tables", "reference", "launch", "lang", "ops", "seeds", "calls", "idle_arguments", "functional", "config", "nn",
     "distributed", "range_statistics", "samples", "analysis", "calibrate", "surroundings", "coverage", "convert", "summary",
     "restore", "optim", "inference", "aihwkit_bridge", "integrations", "lightning", "tuning", "version", "",
 )  # fmt: skip

@@ -89,7 +89,7 @@ def samples():
         ("linear_backward", (grad, x, None, weight, r, None, seed, None, mask, SLICES, 254.0, *modifier, 0.1, 0.5, False, None,
                              [ROWS, FEATURES], None, True, False)),
         ("analog_linear", (*linear, leaf(COLUMNS), leaf(SLICES), None, seed, None, None, None, False, 7, 254.0, 0.1, True, 1.0,
-                           True, 254.0, "none", 0.0, "per_channel", 0.1, 0.0, 0.95, False, True, "full", 1, None)),
+                           True, 254.0, "none", 0.0, "per_channel", 0.1, 0.0, 0.95, False, True, "full", 1, None, None)),
         ("matmul_wgrad", (grad, x, r, SLICES, mask, 254.0, torch.float32, False, torch.float32)),
         ("matmul_wgrad", (grad, steps, r, SLICES, mask, 254.0, torch.float32, True, None)),
         ("matmul_wgrad", (grad, x, None, SLICES, None, -1.0, torch.bfloat16, False, torch.bfloat16)),

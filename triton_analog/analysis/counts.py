@@ -69,6 +69,7 @@ class LayerCounts:
         tile: Tensor | None,
         wmax: Tensor | None,
         numbers: Numbers,
+        tally: Tensor | None = None,
     ) -> None:
         G, S = self.layer.groups, self.layer.slices
         rows = self.layer.tile_rows(x.to(input_dtype(x)))

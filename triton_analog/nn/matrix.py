@@ -20,12 +20,14 @@ from triton_analog.config import (
     effects,
 )
 from triton_analog.functional import modified_weight
+from triton_analog.nn.before_step import watch
 from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.outside import complaint_of_shape
-from triton_analog.nn.parts import is_managed, whole_of
+from triton_analog.nn.parts import is_managed, refuse_flat, whole_of
 from triton_analog.nn.programmed import ProgrammedTile
+from triton_analog.nn.range_shift import SHIFTS
 from triton_analog.nn.saved_state import SavedState
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -54,7 +56,8 @@ class AnalogMatrixLayer(SavedState):
     - ``learnable_weight_clip [S, N]``: the learned clip (a parameter; its magnitude counts),
     - ``input_range_update_idx``, ``x_min``, ``x_max``, each ``[G * S]``: batches seen by the start-up of the ranges, and
       the running extreme values of its fast mode (buffers),
-    - ``input_range_residual [G * S]``: what the dtype of the ranges rounded off in the start-up (a buffer that is not saved),
+    - ``input_range_residual [G * S]``: what the dtype of the ranges rounded off in the start-up, and ``input_range_shift``: what
+      waits for the optimizer's step (:class:`RangeShift`; buffers that are not saved),
     - ``weight_noise_seed [1]``: the seed of weight noise that lasts for a step (neither buffer nor saved).
 
     ``tile_shape`` is ``(N, K)``, also while a sharding library keeps the weight in another shape. ``rpu_config`` is this
@@ -66,11 +69,13 @@ class AnalogMatrixLayer(SavedState):
     ANALOG_NAMES: ClassVar[frozenset[str]] = frozenset(
         {
             *("input_range", "learnable_weight_clip"),
-            *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
+            *("input_range_update_idx", "x_min", "x_max", "input_range_residual", *SHIFTS),
+            *("range_tally", "has_range_master", "_is_shifted", "_shifts_in_graphs", "_range_part"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked", "_told"),
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
             *("_missed_config", "_knows_ranks", SLOT),
-            *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
+            *("_last_seen", "_steps_without_clip"),
+            *("weight_noise_seed", "_kept_noise", "_seed_rank", "_was_gathered"),
         }
     )
     """What an instance holds beyond its torch layer, and leaves behind when it becomes digital."""
@@ -109,7 +114,8 @@ class AnalogMatrixLayer(SavedState):
             self.register_parameter(name, None)
         for name in ("input_range_update_idx", "x_min", "x_max"):
             self.register_buffer(name, None)
-        self.register_buffer("input_range_residual", None, persistent=False)
+        for name in ("input_range_residual", *SHIFTS):
+            self.register_buffer(name, None, persistent=False)
         self.__dict__["_buffers"] = BuffersWithConfig(self, self._buffers)
         self._fit_state()
 
@@ -158,6 +164,7 @@ class AnalogMatrixLayer(SavedState):
             # An integer: a counter in half precision stops growing at 256.
             self.input_range_update_idx = torch.zeros(stored, dtype=torch.int64, device=self.weight.device)
             self.x_min, self.x_max, self.input_range_residual = (torch.zeros(stored, **like) for _ in range(3))
+        self._fit_shift()
         if not learns_clip(self.rpu_config):
             self.learnable_weight_clip = None
         elif self.learnable_weight_clip is None:
@@ -322,7 +329,7 @@ class AnalogMatrixLayer(SavedState):
     def _matmul(self, x: Tensor, one_forward: OneForward | None, product: Callable[..., Tensor]) -> Tensor:
         numbers, matrix, bias = self._numbers(), self.matrix, self.bias
         if numbers.training and not self.was_called:
-            vars(self)["was_called"] = True
+            self._begin_training()
         input_range: Tensor | None = self.input_range
         seed = weight_seed = tile = wmax = None
         if self.programmed is not None:
@@ -332,14 +339,19 @@ class AnalogMatrixLayer(SavedState):
         if starts_up or noise_lasts:
             # The call would refuse it only after the layer has changed.
             check_input(x, matrix, numbers.groups, numbers.patches)
+        tally = self._tally_of(input_range) if numbers.training else None
         if starts_up:
             self._learn_range(x)
+        elif one_forward is not None:
+            input_range = one_forward.own("input_range", input_range)
+        if input_range is not None and (self._is_shifted or self._shifts_in_graphs):
+            input_range = self.range_in_use(input_range)
+        elif starts_up:
             assert input_range is not None
             # The next forward changes the range in place, and the backward of this one may still be to come.
             input_range = input_range.clone()
-        elif one_forward is not None:
-            input_range = one_forward.own("input_range", input_range)
         if one_forward is not None:
+            tally = one_forward.own("tally", tally)
             bias = one_forward.own("bias", bias)
             if one_forward.tile is None:
                 one_forward.tile = self._tile_of_all(one_forward, x, matrix, numbers)
@@ -350,7 +362,8 @@ class AnalogMatrixLayer(SavedState):
             seed, weight_seed, tile, wmax = self._lasting_noise(x, matrix, numbers)
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
-        return product(x, matrix, bias, input_range, self.learnable_weight_clip, seed, weight_seed, tile, wmax, numbers)
+        clip = self.learnable_weight_clip
+        return product(x, matrix, bias, input_range, clip, seed, weight_seed, tile, wmax, numbers, tally)
 
     def matmul_without_range(
         self,
@@ -366,6 +379,14 @@ class AnalogMatrixLayer(SavedState):
                 one_forward.tile = self._tile_of_all(one_forward, x, matrix, numbers)
             tile, wmax = one_forward.tile
         return product(x, matrix, self.bias, None, self.learnable_weight_clip, None, None, tile, wmax, numbers)
+
+    def _begin_training(self) -> None:
+        """Before the first training forward: what can only be known then."""
+        refuse_flat(self)
+        self._refuse_unknown_master()
+        watch(self)
+        self._own_the_seed()
+        vars(self)["was_called"] = True
 
     def _tile_of_all(
         self, one_forward: OneForward, x: Tensor, matrix: Tensor, numbers: Numbers
@@ -395,7 +416,7 @@ class AnalogMatrixLayer(SavedState):
 @run_while_tracing
 def _note_call(layer: AnalogMatrixLayer) -> None:
     """Compilers run this while they trace; the compiled forward has nothing of it."""
-    layer.was_called = True
+    layer._begin_training()
 
 
 def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:

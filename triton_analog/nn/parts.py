@@ -42,6 +42,11 @@ def has_master(parameter: Any) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
 
 
+def is_stepped_elsewhere(parameter: Any) -> bool:
+    """Whether DeepSpeed steps a copy, or parts, of ``parameter`` in its place."""
+    return has_master(parameter) or is_partitioned(parameter)
+
+
 def is_in_parts(parameter: Any) -> bool:
     """Whether no rank holds ``parameter`` as one ordinary tensor."""
     return is_dtensor(parameter) or is_partitioned(parameter) or hasattr(parameter, "_fsdp_flattened")

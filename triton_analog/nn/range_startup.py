@@ -11,8 +11,8 @@ from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import update_input_range
-from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.parts import refuse_flat
+from triton_analog.nn.range_shift import RangeShift
 from triton_analog.nn.ranks import is_paused, is_trial, refuse_unsaid_group
 from triton_analog.nn.settings import constant
 from triton_analog.ops._transforms import is_transforming
@@ -41,8 +41,9 @@ def _is_stand_in(range_: Tensor | None) -> bool:
     return range_.__class__ is Tensor
 
 
-class RangeStartup(AnalogLayerBase):
-    """The part of a layer that sets its stored input ranges from data (SEMANTICS 7).
+class RangeStartup(RangeShift):
+    """The part of a layer that sets its stored input ranges from data (SEMANTICS 7); by a shift, where the stored ones are kept
+    in parts (:class:`RangeShift`).
 
     Each slice learns from its first ``init_from_data`` batches, by a counter on the device. So that nothing is launched for
     ever after, the host also counts: once a layer has run ``init_from_data`` training forwards, its start-up is over for all
@@ -142,9 +143,10 @@ class RangeStartup(AnalogLayerBase):
             if self.input_range_residual is not None and self.input_range_residual.device != self.input_range.device:
                 self._reset_residual()  # moved by something that does not know it
         rows = self.tile_rows(x.detach())
+        apart = self._range_to_learn()
         update_input_range(
             rows,
-            self.input_range,
+            self.input_range if apart is None else apart,
             self.input_range_update_idx,
             max_input_size=constant(self.rpu_config.mapping.max_input_size),
             groups=self.groups,
@@ -154,9 +156,11 @@ class RangeStartup(AnalogLayerBase):
             x_min=self.x_min,
             x_max=self.x_max,
             act_range_momentum=constant(range_.act_range_momentum),
-            residual=self.input_range_residual,
+            residual=self.input_range_residual if apart is None else None,
             process_group=group,
         )
+        if apart is not None:
+            self._shift_to(apart)
         host_counts = not (compiling or _is_stand_in(self.input_range))
         if host_counts:
             self._counter_version = self.input_range_update_idx._version
@@ -211,6 +215,7 @@ class RangeStartup(AnalogLayerBase):
             for buffer in (self.input_range_update_idx, self.x_min, self.x_max, self.input_range_residual):
                 assert buffer is not None
                 buffer.zero_()
+            self.drop_shift()
 
     def tile_rows(self, x: Tensor) -> Tensor:
         """What the tiles multiply for an input ``x [..., K]`` of the product: rows ``[M, K]``.
@@ -266,6 +271,7 @@ class RangeStartup(AnalogLayerBase):
         range_, residual = self.input_range, self.input_range_residual
         if range_ is None or residual is None:
             return
+        self.drop_shift()
         if (residual.device, residual.dtype) == (range_.device, range_.dtype):
             residual.zero_()
         else:

@@ -33,6 +33,9 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         follow_or_refuse(self, prefix.rstrip("."))  # a file with tiles of another shape than the weight would not load
         self._mend_counter()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = prefix + "input_range"
+        if name in destination:
+            destination[name] = self._saved_range(destination[name])
 
     def get_extra_state(self) -> Tensor:
         """The config as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""

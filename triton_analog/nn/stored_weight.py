@@ -15,6 +15,7 @@ import triton_analog.reference as reference
 from triton_analog.config import TorchInferenceRPUConfig, WeightClipType
 from triton_analog.functional import modified_weight
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.before_step import STEPS
 from triton_analog.nn.outside import follow_shape
 from triton_analog.nn.parts import (
     Slot,
@@ -23,6 +24,7 @@ from triton_analog.nn.parts import (
     is_dtensor,
     is_managed,
     is_partitioned,
+    is_stepped_elsewhere,
     read_master,
     refuse_flat,
     whole,
@@ -32,10 +34,11 @@ from triton_analog.nn.parts import (
 from triton_analog.nn.parts_clip import PartsClip, clip_parts
 from triton_analog.nn.programmed import refuse_chips
 from triton_analog.nn.settings import GAUSSIAN_CLIP, QUANTIZATION
+from triton_analog.nn.sharding import is_gathered
 from triton_analog.reference import num_slices, split_sizes
 
-CHANGES_WITHOUT_CLIP = 100
-"""So many changes of a weight, without the clip that its config asks for, are worth a warning."""
+STEPS_WITHOUT_CLIP = 100
+"""So many steps of optimizers, without the clip that the config of a layer asks for, are worth a warning."""
 
 
 class StoredWeight(AnalogLayerBase):
@@ -51,8 +54,8 @@ class StoredWeight(AnalogLayerBase):
     CHANNEL_DIM: ClassVar[int] = 0
     """The dimension of ``weight`` that counts outputs."""
     tile_shape: tuple[int, ...]
-    _weight_version = 0
-    _changes_without_clip = 0
+    _last_seen = (0, 0)  # version of the weight, and steps taken
+    _steps_without_clip = 0
 
     # ---- On tiles -----------------------------------------------------------------------------------------------------
 
@@ -262,22 +265,26 @@ class StoredWeight(AnalogLayerBase):
     # ---- Clipping by somebody else ----------------------------------------------------------------------------------
 
     def _watch_for_the_clip(self) -> None:
-        """Warn once if the weight goes on changing but is never clipped: then some other optimizer takes the steps.
+        """Warn once if optimizers go on taking steps but the weight is never clipped: then another one than its own takes them.
 
-        Every change in place raises the version of a tensor, a number on the host. Forwards would be the wrong thing to
-        count: a recurrent layer, or the accumulation of gradients, runs many of them per step. A compiled forward must not
-        change Python state, so it does not watch.
+        Forwards would be the wrong thing to count: a recurrent layer, or the accumulation of gradients, runs many of them per
+        step. Every change in place raises the version of a tensor, a number on the host. That of one that is gathered for each
+        forward says nothing: steps of optimizers are counted then. A compiled forward must not change Python state, so it does
+        not watch.
         """
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return
-        version = self.weight._version
-        if version == self._weight_version:
+        version, steps = self.weight._version, STEPS.taken
+        if (version, steps) == self._last_seen:
             return
-        self._weight_version = version
-        self._changes_without_clip += 1
-        if self._changes_without_clip == CHANGES_WITHOUT_CLIP:
+        (last_version, last_steps), self._last_seen = self._last_seen, (version, steps)
+        is_apart = is_gathered(self, "weight") or is_stepped_elsewhere(self.weight_source)
+        if steps == last_steps if is_apart else version == last_version:
+            return
+        self._steps_without_clip += 1
+        if self._steps_without_clip == STEPS_WITHOUT_CLIP:
             warnings.warn(
-                f"clip.type is {self.rpu_config.clip.type.name}, but the weight has changed {CHANGES_WITHOUT_CLIP} times "
+                f"clip.type is {self.rpu_config.clip.type.name}, but optimizers have taken {STEPS_WITHOUT_CLIP} steps "
                 "without clip_weights() being called. Train with triton_analog.optim.AnalogOptimizer, which clips after "
                 "each step, or call model.clip_weights() after each step of your own optimizer.",
                 stacklevel=2,
@@ -286,7 +293,7 @@ class StoredWeight(AnalogLayerBase):
     def note_clip(self) -> None:
         """The weight has just been clipped, by this layer, one that shares it or an optimizer."""
         # A module takes a microsecond to set an attribute, in every step and layer.
-        vars(self)["_changes_without_clip"] = 0
+        vars(self)["_steps_without_clip"] = 0
 
 
 def stored_weight(module: nn.Module) -> Tensor:

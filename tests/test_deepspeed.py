@@ -62,7 +62,10 @@ def train(stage: int, dtype: str, rank: int) -> list[list[list[torch.Tensor]]]:
 
 def changes(stage: int) -> list[torch.Tensor]:
     """Weights and ranges that were set, after a step of the masters whose gradient is 0."""
-    engine, _, _ = engine_of(stage, "bf16", ranges=True)
+    engine, optimizer, _ = engine_of(stage, "bf16", ranges=True)
+    for layer in engine.module.analog_layers():
+        layer.rpu_config.clip.type = WeightClipType.NONE
+    attach(engine, optimizer)
     for layer in engine.module.analog_layers():
         layer.set_weights(torch.full(layer.tile_shape, 0.75))
         layer.set_input_range(torch.full((1,), 2.5))

@@ -244,7 +244,7 @@ def refusals() -> dict[str, str]:
         net = FullyShardedDataParallel(model(), use_orig_params=original, device_id=torch.device("cpu"))
         try:
             net(torch.ones(2, SIZE, dtype=torch.float64))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             found[f"FSDP1 {original}"] = str(error)
     return found
 

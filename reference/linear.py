@@ -57,6 +57,8 @@ def linear_forward(
     slices: int,
     dynamic_range: bool,
     inp_res: float,
+    inp_noise: float,
+    inp_sto_round: bool,
     out_noise: float,
     out_noise_per_channel: bool,
     out_bound: float,
@@ -92,6 +94,7 @@ def linear_forward(
         rows, w, bias, r, slices, inp_res=inp_res, out_noise=out_noise,
         noise_wmax=scale(out_noise > 0, out_noise_per_channel), out_bound=out_bound,
         bound_wmax=scale(out_bound > 0, out_bound_per_channel), out_res=out_res, seed=seed, needs_mask=needs_grad,
+        inp_noise=inp_noise, inp_sto_round=inp_sto_round,
     )  # fmt: skip
     results = [y]
     if out_bound > 0 and needs_grad:
@@ -99,7 +102,7 @@ def linear_forward(
     if dynamic_range and needs_grad and r is not None:
         results.append(r)
     if r is not None and keeps_steps(save_input, needs_grad, x, rows.numel()):
-        results += dac_steps(rows, r, slices, inp_res)
+        results += dac_steps(rows, r, slices, inp_res, inp_sto_round=inp_sto_round, seed=seed)
     return results
 
 
@@ -110,11 +113,14 @@ def linear_backward(
     weight: Tensor,
     input_range: Tensor | None,
     clip: Tensor | None,
+    seed: Tensor | None,
     weight_seed: Tensor | None,
     tile_weight: Tensor | None,
     mask: Tensor | None,
     slices: int,
     inp_res: float,
+    inp_noise: float,
+    inp_sto_round: bool,
     weight_quantization: str,
     weight_res: float,
     weight_noise: str,
@@ -152,7 +158,7 @@ def linear_backward(
         dx, drange, dw, dbias = matmul_backward(
             grad, w, rows, input_range, slices, mask, clipped=clipped, decay=decay,
             input_min_percentage=input_min_percentage, fast_mode=fast_mode, inp_res=inp_res, dtype=weight.dtype,
-            bias_dtype=bias_dtype,
+            bias_dtype=bias_dtype, inp_noise=inp_noise, inp_sto_round=inp_sto_round, seed=seed,
         )  # fmt: skip
     elif needs_input:
         assert w is not None
@@ -163,7 +169,7 @@ def linear_backward(
     elif needs_weight:
         dw, dbias = matmul_wgrad(
             grad, rows, input_range, slices, mask, inp_res=inp_res, dtype=weight.dtype, converted=x.dtype == torch.int8,
-            bias_dtype=bias_dtype,
+            bias_dtype=bias_dtype, inp_noise=inp_noise, inp_sto_round=inp_sto_round, seed=seed,
         )  # fmt: skip
     results = []
     if needs_input:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .adc import convert, mask_shape, pack_bits
-from .dac import dac_slice
+from .dac import dac_slice, disturbed
 from .grid import half_steps, range_of, wide, without_autocast
 from .noise import OUTPUT_STREAM, noise
 from .slicing import iter_slices
@@ -30,6 +30,8 @@ def matmul(
     weight_wmax: Tensor | None = None,
     weight_res: float = 0.0,
     needs_mask: bool = True,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``y [M, N]`` in the dtype of ``x`` and the saturation mask of :func:`mask_shape` (empty without a bound or need).
 
@@ -46,7 +48,9 @@ def matmul(
         unit: Tensor | float = 1.0
         if input_range is not None:
             r = range_of(input_range, s, operand)
-            operand, unit = dac_slice(operand, r, half_steps(inp_res))
+            q_max = half_steps(inp_res)
+            operand, unit = dac_slice(operand, r, q_max, s, seed if inp_sto_round else None)
+            operand = disturbed(operand, r, q_max, s, inp_noise, seed)
         if weight.dtype == torch.int8:  # an exact product of integers
             assert weight_wmax is not None
             unit = unit * (wide(weight_wmax[s]) / half_steps(weight_res))

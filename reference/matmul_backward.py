@@ -24,6 +24,9 @@ def matmul_backward(
     inp_res: float = -1.0,
     dtype: torch.dtype | None = None,
     bias_dtype: torch.dtype | None = None,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``dx``, ``dr``, ``dW`` and ``db``: those of :func:`matmul_dgrad` and :func:`matmul_wgrad` for the same product."""
     static = input_range if input_range is not None and input_range.ndim == 1 else None
@@ -34,5 +37,6 @@ def matmul_backward(
     dw, dbias = matmul_wgrad(
         grad, x, input_range, slices, mask,
         inp_res=inp_res, dtype=dtype, converted=x.dtype == torch.int8, bias_dtype=bias_dtype,
+        inp_noise=inp_noise, inp_sto_round=inp_sto_round, seed=seed,
     )  # fmt: skip
     return dx, dr, dw, dbias

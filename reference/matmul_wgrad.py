@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dac import dac_slice
+from .dac import dac_slice, disturbed
 from .grid import half_steps, range_of, wide, without_autocast
 from .matmul_dgrad import masked
 from .slicing import iter_slices
@@ -23,9 +23,12 @@ def matmul_wgrad(
     dtype: torch.dtype | None = None,
     converted: bool = False,
     bias_dtype: torch.dtype | None = None,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``dW [N, K]`` in ``dtype`` and ``db [N]`` in ``bias_dtype`` (None leaves it out), the input quantized anew from ``x``
-    and its range unless ``x`` is ``converted``: numbers of steps."""
+    and its range unless ``x`` is ``converted``: numbers of steps. Rounding and input noise are those of the forward."""
     g = wide(grad)
     q_max = half_steps(inp_res)
     dw = g.new_empty(grad.shape[1], x.shape[1])
@@ -34,7 +37,9 @@ def matmul_wgrad(
         unit: Tensor | float = 1.0
         if input_range is not None:
             r = range_of(input_range, s, operand)
-            operand, unit = (operand, r / q_max) if converted else dac_slice(operand, r, q_max)
+            rounding_seed = seed if inp_sto_round else None
+            operand, unit = (operand, r / q_max) if converted else dac_slice(operand, r, q_max, s, rounding_seed)
+            operand = disturbed(operand, r, q_max, s, inp_noise, seed)
         torch.mm(masked(g, mask, s).T, operand * unit, out=dw_s)
     dbias = g.sum(0).to(bias_dtype) if bias_dtype is not None else g.new_empty(0, dtype=dtype or grad.dtype)
     return dw.to(dtype or grad.dtype), dbias

@@ -1,4 +1,4 @@
-"""The normal field: a function of the seed and the element, never of a launch (SEMANTICS 9)."""
+"""The normal field and the uniform one: a function of the seed and the element, never of a launch (SEMANTICS 9)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 WEIGHT_STREAM, OUTPUT_STREAM, USER_STREAM = 0, 1, 2
+ROUNDING_STREAM, INPUT_STREAM = 2**30 - 2, 2**30 - 1
 ROUNDS = 7
 
 _COUNTERS_PER_CHUNK = 32_768
@@ -86,4 +87,26 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
                 np.multiply(radius, direction, out=normals[half, ..., low])
         part[:] = normals.reshape(*normals.shape[:-2], 8).view(run)[..., 0].transpose(2, 0, 3, 4, 1)
     field = torch.from_numpy(out.view(np.float32).reshape(16 * row_groups, 16 * column_groups))
+    return field[:rows, :cols].contiguous().to(seed.device)
+
+
+def uniform(seed: Tensor, rows: int, cols: int, *, stream: int, plane: int = 0) -> Tensor:
+    """Numbers between 0 and 1, ``[rows, cols]`` in fp32: the middles of ``2**16`` equal parts.
+
+    Counters and words are those of :func:`noise`; the upper eight rows have the low half of a word, the lower the high one.
+    """
+    row_groups, column_groups = -(-rows // 16), -(-cols // 16)
+    column = np.arange(4 * column_groups, dtype=_WORD)[None, :]
+    c2, c3 = np.array([plane], dtype=_WORD), np.array([stream], dtype=_WORD)
+    out = np.empty((row_groups, 2, 8, column_groups, 2, 4, 2), dtype=np.float32)
+    chunk = max(1, _COUNTERS_PER_CHUNK // max(1, 8 * column.size))
+    for start in range(0, row_groups, chunk):
+        part = out[start : start + chunk]
+        row = np.arange(8 * start, 8 * (start + len(part)), dtype=_WORD)[:, None]
+        words = np.stack(philox(int(seed), row, column, c2, c3), -1)
+        halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)])
+        part[:] = halves.reshape(2, 2, len(part), 8, column_groups, 4, 2).transpose(2, 0, 3, 4, 1, 5, 6)
+    out += np.float32(0.5)
+    out *= np.float32(2.0**-16)
+    field = torch.from_numpy(out.reshape(16 * row_groups, 16 * column_groups))
     return field[:rows, :cols].contiguous().to(seed.device)

@@ -57,6 +57,8 @@ def with_range(**values: Any) -> TorchInferenceRPUConfig:
                 "out_bound": 0.0,
                 "out_res": -1,
                 "save_input": SavedInput.FULL,  # ours
+                "inp_noise": 0.0,
+                "inp_sto_round": False,
             },
         ),
         (WeightClipParameter, {"sigma": -1.0, "type": WeightClipType.NONE}),
@@ -111,7 +113,7 @@ def test_enums_have_aihwkits_members(kind: Any, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value"), [("inp_res", 254), ("out_noise", 0.1), ("out_bound", 10.0), ("out_res", 254)]
+    ("path", "value"), [("inp_res", 254), ("inp_noise", 0.1), ("out_noise", 0.1), ("out_bound", 10.0), ("out_res", 254)]
 )
 def test_converters_and_output_noise_need_an_input_range(path: str, value: float) -> None:
     config = TorchInferenceRPUConfig()
@@ -136,6 +138,9 @@ def test_converters_and_output_noise_need_an_input_range(path: str, value: float
         ("modifier.res", 2**23),
         # noise and bounds
         ("forward.out_noise", -0.1),
+        ("forward.inp_noise", -0.1),
+        ("forward.inp_noise", nan),
+        ("forward.inp_sto_round", 1),
         ("forward.out_noise", nan),
         ("forward.out_bound", inf),
         ("modifier.std_dev", -0.01),
@@ -256,7 +261,8 @@ def test_a_misspelt_field_is_an_error_and_not_ignored() -> None:
 def full() -> TorchInferenceRPUConfig:
     """A config without a single default."""
     return with_range(
-        forward__inp_res=1 / 254, forward__out_noise=0.1, forward__out_noise_per_channel=True, forward__out_bound=12,
+        forward__inp_res=1 / 254, forward__inp_noise=0.1, forward__inp_sto_round=True,
+        forward__out_noise=0.1, forward__out_noise_per_channel=True, forward__out_bound=12,
         forward__out_res=510, forward__save_input=SavedInput.INT8, modifier__refresh=WeightNoiseRefresh.STEP,
         clip__sigma=2.5, clip__type=WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL,
         modifier__std_dev=0.03, modifier__res=62, modifier__noise_type=WeightNoiseInjectionType.ADD_NORMAL,

@@ -219,6 +219,29 @@ def test_there_and_back(aihwkit, changes, tile):
             assert torch.equal(after.input_range_update_idx, before.input_range_update_idx)
 
 
+@pytest.mark.parametrize("random", [{"forward.inp_sto_round": True}, {"forward.inp_noise": 0.05}], ids=list)
+def test_random_inputs_there_and_back(aihwkit, random):
+    """They act in evaluation on both sides."""
+    model = make_model(make_config(random | {"forward.out_bound": 50.0, "forward.out_res": -1}))
+    exported = quietly(model)
+    ours = quiet_import(exported)
+    assert ours[0].rpu_config == model[0].rpu_config
+    x = torch.randn(IN).expand(6000, IN)
+    with torch.no_grad():
+        expected, *others = (one[0](x) for one in (model, exported, ours))
+    for found in others:
+        error = expected.std(0) * (2 / len(x)) ** 0.5
+        assert ((found.mean(0) - expected.mean(0)).abs() < 5 * error + 1e-5).all()
+        torch.testing.assert_close(found.std(0), expected.std(0), rtol=0.07, atol=0)
+    assert (expected.std(0) > 0).all()
+
+
+def test_input_noise_with_the_bound_of_the_dac_for_a_range(aihwkit):
+    changes = {"pre_post.input_range.enable": False, "forward.inp_bound": 1.6, "forward.inp_noise": 0.08}
+    ours = quiet_import(their_model(aihwkit, their_config(changes)))
+    assert ours[0].rpu_config.forward.inp_noise == pytest.approx(0.05)
+
+
 @pytest.mark.parametrize("quantization", ["DISCRETIZE", "DISCRETIZE_PER_CHANNEL"])
 def test_quantized_weights_come_back_quantized_for_good(aihwkit, quantization):
     changes = {"modifier.quantization_type": WeightQuantizationType[quantization], "modifier.res": 15}
@@ -244,14 +267,15 @@ def test_convolutions_there_and_back(aihwkit, conv):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"forward.inp_noise": 0.1}, "forward.inp_noise: got 0.1, .*set it to 0.0"),
-        ({"forward.inp_sto_round": True}, "forward.inp_sto_round: got True"),
         ({"forward.inp_asymmetry": 0.1}, "forward.inp_asymmetry: got 0.1"),
         ({"forward.out_noise_std": 0.1}, "forward.out_noise_std: got 0.1"),
         ({"forward.out_sto_round": True}, "forward.out_sto_round: got True"),
         ({"forward.out_scale": 2.0}, "forward.out_scale: got 2.0, .*set it to 1.0"),
         ({"forward.out_asymmetry": 0.1}, "forward.out_asymmetry: got 0.1"),
-        ({"forward.bound_management": "ITERATIVE"}, "forward.bound_management: got ITERATIVE"),
+        (
+            {"forward.bound_management": "ITERATIVE"},
+            "forward.bound_management: got ITERATIVE, .*set it to NONE, .*up to ten",
+        ),
         ({"forward.noise_management": "MAX"}, "forward.noise_management: got MAX"),
         ({"forward.noise_management": "ABS_MAX"}, "forward.noise_management: got ABS_MAX, .*disable the input range"),
         (

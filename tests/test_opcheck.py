@@ -31,7 +31,7 @@ def samples():
     int8 = torch.randint(-127, 128, (COLUMNS, FEATURES), dtype=torch.int8)
     learned = leaf(SLICES, COLUMNS)
     linear = (leaf(ROWS, FEATURES), leaf(COLUMNS, FEATURES))
-    converted = (SLICES, False, 254.0, 0.1, True, 1.0, True, 254.0, "per_channel", 30.0, "per_channel", 0.1)
+    converted = (SLICES, False, 254.0, 0.1, True, 0.1, True, 1.0, True, 254.0, "per_channel", 30.0, "per_channel", 0.1)
     seeds = (seed, seed, None, None)
     modifier = ("per_channel", 30.0, "per_channel", 0.1)
     off = (-1.0, 0.0, None, 0.0, None, -1.0, None)
@@ -47,10 +47,11 @@ def samples():
         ("extrema", (x, SLICES)),
         ("clip", ([x.clone(), weight.clone()], [0.5, 1.5], 0, None)),
         ("clip", ([x.clone(), weight.clone()], [0.5, 1.5], None, None)),
-        ("dac", (leaf(ROWS, FEATURES), leaf(SLICES), SLICES, 254.0, 0.1, 0.5, False)),
-        ("dac", (leaf(ROWS, FEATURES), dynamic, SLICES, -1.0, 0.0, 0.95, False)),
-        ("dac_steps", (x, r, SLICES, 254.0)),
-        ("dac_steps", (x, dynamic, SLICES, 1 / 254)),
+        ("dac", (leaf(ROWS, FEATURES), leaf(SLICES), SLICES, 254.0, 0.1, 0.5, False, 0.0, False, None)),
+        ("dac", (leaf(ROWS, FEATURES), dynamic, SLICES, -1.0, 0.0, 0.95, False, 0.1, False, seed)),
+        ("dac", (leaf(ROWS, FEATURES), leaf(SLICES), SLICES, 254.0, 0.1, 0.5, True, 0.0, True, seed)),
+        ("dac_steps", (x, r, SLICES, 254.0, False, None)),
+        ("dac_steps", (x, dynamic, SLICES, 1 / 254, True, seed)),
         ("adc", (leaf(ROWS, COLUMNS), one, 0.1, one, 1.0, wmax[0], 254.0, seed, 1)),
         ("adc", (leaf(ROWS, COLUMNS), dynamic[0], 0.1, wmax[0], 0.0, None, -1.0, seed, 0)),
         ("adc_grad", (grad, mask)),
@@ -65,34 +66,40 @@ def samples():
         ("weight", (leaf(COLUMNS, FEATURES), SLICES, learned, "per_channel", 30.0, "none", 0.0, None, torch.float32)),
         ("weight", (weight, SLICES, None, "per_channel", 30.0, "none", 0.0, None, torch.int8)),
         ("weight_grad", (weight, weight * 2, clip, SLICES, "per_channel", 30.0)),
-        ("matmul", (*linear, None, None, SLICES, *off, None, 0.0, True)),
-        ("matmul", (*linear, leaf(COLUMNS), leaf(SLICES), SLICES, *converters, seed, None, 0.0, True)),
-        ("matmul", (*linear, leaf(COLUMNS), dynamic, SLICES, 254.0, 0.1, wmax[:, :1], 0.0, None, -1.0, seed, None, 0.0, False)),
-        ("matmul", (x, weight, None, r, SLICES, *converters, seed, None, 0.0, False)),
-        ("matmul", (x, int8, one.expand(COLUMNS), r, SLICES, *converters, seed, wmax, 254.0, True)),
-        ("matmul", (x, int8, None, dynamic, SLICES, 254.0, *off[1:], wmax[:, :1], 30.0, True)),
+        ("matmul", (*linear, None, None, SLICES, *off, None, 0.0, True, 0.0, False)),
+        ("matmul", (*linear, leaf(COLUMNS), leaf(SLICES), SLICES, *converters, seed, None, 0.0, True, 0.1, True)),
+        ("matmul", (*linear, leaf(COLUMNS), dynamic, SLICES, 254.0, 0.1, wmax[:, :1], 0.0, None, -1.0, seed, None, 0.0, False,
+                    0.0, False)),
+        ("matmul", (x, weight, None, r, SLICES, *converters, seed, None, 0.0, False, 0.1, True)),
+        ("matmul", (x, int8, one.expand(COLUMNS), r, SLICES, *converters, seed, wmax, 254.0, True, 0.0, False)),
+        ("matmul", (x, int8, None, dynamic, SLICES, 254.0, *off[1:], wmax[:, :1], 30.0, True, 0.0, False)),
         ("matmul_dgrad", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, -1.0, False)),
         ("matmul_dgrad", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, 254.0, True)),
         ("matmul_dgrad", (grad, weight, steps, clipped, r, SLICES, mask, 0.1, 0.5, False, -1.0, False)),
         ("matmul_dgrad", (grad, weight, x, None, None, SLICES, None, 0.0, 0.5, True, -1.0, False)),
-        ("matmul_backward", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, 254.0, torch.float32, torch.float32)),
-        ("matmul_backward", (grad, weight, steps, clipped, r, SLICES, mask, 0.1, 0.5, True, 254.0, torch.bfloat16, None)),
-        ("matmul_backward", (grad, weight, x, None, dynamic, SLICES, None, 0.0, 0.5, False, 254.0, torch.float32, None)),
+        ("matmul_backward", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, 254.0, torch.float32, torch.float32,
+                             0.0, False, None)),
+        ("matmul_backward", (grad, weight, steps, clipped, r, SLICES, mask, 0.1, 0.5, True, 254.0, torch.bfloat16, None,
+                             0.1, True, seed)),
+        ("matmul_backward", (grad, weight, x, None, dynamic, SLICES, None, 0.0, 0.5, False, 254.0, torch.float32, None,
+                             0.0, False, None)),
         ("linear_forward", (x, weight, one.expand(COLUMNS), r, None, *seeds, *converted, "full", None, True)),
         ("linear_forward", (x, weight, None, r, clip, *seeds, *converted, "int8", None, True)),
-        ("linear_forward", (x, weight, None, None, None, None, None, None, None, SLICES, True, 254.0, 0.0, False, 0.0, False,
+        ("linear_forward", (x, weight, None, None, None, None, None, None, None, SLICES, True, 254.0, 0.0, False,
+                            0.0, False, 0.0, False,
                             -1.0, "none", 0.0, "none", 0.0, "full", None, False)),
-        ("linear_backward", (grad, x, None, weight, r, None, seed, None, mask, SLICES, 254.0, *modifier, 0.1, 0.5, False, None,
-                             [ROWS, FEATURES], torch.float32, True, True)),
-        ("linear_backward", (grad, steps, clipped, weight, r, clip, seed, None, mask, SLICES, 254.0, *modifier, 0.1, 0.5, False,
-                             None, [ROWS, FEATURES], None, False, True)),
-        ("linear_backward", (grad, x, None, weight, r, None, seed, None, mask, SLICES, 254.0, *modifier, 0.1, 0.5, False, None,
-                             [ROWS, FEATURES], None, True, False)),
-        ("analog_linear", (*linear, leaf(COLUMNS), leaf(SLICES), None, seed, None, None, None, False, 7, 254.0, 0.1, True, 1.0,
-                           True, 254.0, "none", 0.0, "per_channel", 0.1, 0.0, 0.95, False, True, "full", 1, None, None)),
-        ("matmul_wgrad", (grad, x, r, SLICES, mask, 254.0, torch.float32, False, torch.float32)),
-        ("matmul_wgrad", (grad, steps, r, SLICES, mask, 254.0, torch.float32, True, None)),
-        ("matmul_wgrad", (grad, x, None, SLICES, None, -1.0, torch.bfloat16, False, torch.bfloat16)),
+        ("linear_backward", (grad, x, None, weight, r, None, seed, seed, None, mask, SLICES, 254.0, 0.1, True, *modifier,
+                             0.1, 0.5, False, None, [ROWS, FEATURES], torch.float32, True, True)),
+        ("linear_backward", (grad, steps, clipped, weight, r, clip, None, seed, None, mask, SLICES, 254.0, 0.0, False, *modifier,
+                             0.1, 0.5, False, None, [ROWS, FEATURES], None, False, True)),
+        ("linear_backward", (grad, x, None, weight, r, None, seed, seed, None, mask, SLICES, 254.0, 0.1, True, *modifier,
+                             0.1, 0.5, False, None, [ROWS, FEATURES], None, True, False)),
+        ("analog_linear", (*linear, leaf(COLUMNS), leaf(SLICES), None, seed, None, None, None, False, 7, 254.0, 0.1, True, 0.1,
+                           True, 1.0, True, 254.0, "none", 0.0, "per_channel", 0.1, 0.0, 0.95, False, True, "full", 1, None,
+                           None)),
+        ("matmul_wgrad", (grad, x, r, SLICES, mask, 254.0, torch.float32, False, torch.float32, 0.1, True, seed)),
+        ("matmul_wgrad", (grad, steps, r, SLICES, mask, 254.0, torch.float32, True, None, 0.1, True, seed)),
+        ("matmul_wgrad", (grad, x, None, SLICES, None, -1.0, torch.bfloat16, False, torch.bfloat16, 0.0, False, None)),
     ]  # fmt: skip
 
 
@@ -180,7 +187,7 @@ def test_whole_numbers_become_floats_past_the_dispatcher_too(monkeypatch):
     """A kernel would be compiled for integers otherwise."""
     seen = []
     monkeypatch.setattr(linear_forward, "_run", lambda *args: seen.extend(args))
-    numbers = (SLICES, False, 254, 0, False, 1, False, 254, "none", 0, "none", 0)
+    numbers = (SLICES, False, 254, 0, False, 0, False, 1, False, 254, "none", 0, "none", 0)
     with torch.no_grad():
         linear_forward(
             *(torch.randn(ROWS, FEATURES), torch.randn(COLUMNS, FEATURES)), *[None] * 7, *numbers, "full", None, False

@@ -70,6 +70,35 @@ def test_aihwkits_torch_tile(problem, tile, adc, dac):
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "random", [{"inp_sto_round": True}, {"inp_noise": 0.05}, {"inp_noise": 0.05, "inp_sto_round": True}], ids="+".join
+)
+def test_aihwkits_random_inputs(random):
+    """Mean and deviation of each converted input, clipped ones among them, and of a product, in AIHWKIT's torch tile and here."""
+    pytest.importorskip(
+        "aihwkit", reason="aihwkit is an optional peer: pip install --only-binary :all: --no-deps aihwkit==1.1.0"
+    )
+    from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
+    from aihwkit.simulator.parameters.io import IOParameters
+    from aihwkit.simulator.tiles.analog_mvm import AnalogMVM
+
+    draws, r = 40_000, 2.0
+    x = torch.tensor([0.0, 0.11, -0.37, 1.234, -1.999, 2.0, -2.0])
+    w = torch.cat([torch.eye(len(x)), torch.ones(1, len(x))])
+    theirs = IOParameters(inp_res=1 / 30, out_res=-1, out_bound=0.0, out_noise=0.0, **random)
+    theirs.noise_management, theirs.bound_management = NoiseManagementType.NONE, BoundManagementType.NONE
+    many = x.expand(draws, -1)
+    expected = r * AnalogMVM.matmul(w, many / r, theirs)
+    ours = analog_linear(many, w, input_range=torch.tensor([r]), inp_res=30, **random)
+    variance = expected.var(0)
+    error = (2 * variance / draws).sqrt() + 1e-6
+    assert ((ours.mean(0) - expected.mean(0)).abs() < 5 * error).all()
+    fourth = ((expected - expected.mean(0)) ** 4).mean(0)
+    error = (2 * (fourth - variance**2).clamp(min=0) / draws).sqrt() + 1e-6
+    assert ((ours.var(0) - variance).abs() < 5 * error).all()
+    assert variance[:-1].max() > 1e-4
+
+
 @pytest.mark.parametrize("tile", [-1, 20])
 @pytest.mark.parametrize(
     ("quantization", "clip"),

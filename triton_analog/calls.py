@@ -27,6 +27,8 @@ class Numbers(NamedTuple):
     dynamic_input_range: bool = False
     max_input_size: int = -1
     inp_res: float = -1.0
+    inp_noise: float = 0.0
+    inp_sto_round: bool = False
     out_noise: float = 0.0
     out_noise_per_channel: bool = False
     out_bound: float = 0.0
@@ -49,6 +51,12 @@ class Numbers(NamedTuple):
         """Whether the weight has noise."""
         return self.training and self.weight_noise != "none" and self.weight_noise_std > 0
 
+    @property
+    def draws_signals(self) -> bool:
+        """Whether chance decides something of the inputs or the outputs."""
+        rounds = self.inp_sto_round and self.inp_res > 0
+        return rounds or self.inp_noise > 0 or (self.training and self.out_noise > 0)
+
 
 class _Forward(NamedTuple):
     """The numbers of :func:`ops.linear.linear_forward`, in its order."""
@@ -56,6 +64,8 @@ class _Forward(NamedTuple):
     slices: int
     dynamic_range: bool
     inp_res: float
+    inp_noise: float
+    inp_sto_round: bool
     out_noise: float
     out_noise_per_channel: bool
     out_bound: float
@@ -74,6 +84,8 @@ class _Backward(NamedTuple):
 
     slices: int
     inp_res: float
+    inp_noise: float
+    inp_sto_round: bool
     weight_quantization: str
     weight_res: float
     weight_noise: str
@@ -89,7 +101,7 @@ class _Settings(NamedTuple):
 
     dtype: torch.dtype
     """Of the inputs, cast as autocast wants it."""
-    draws_output: bool
+    draws_signals: bool
     draws_weight: bool
     forward: _Forward
     backward: _Backward
@@ -115,12 +127,12 @@ class _AnalogLinear(Gradient):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, clipped, weight, ranges, clip, weight_seed, tile_weight, mask = ctx.saved_tensors
+        x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, mask = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_range, needs_clip = ctx.needs_input_grad[:5]
         needs_input, needs_matrix = needs_x or needs_range, needs_weight or needs_bias or needs_clip
         bias_dtype = ctx.bias_dtype if needs_bias else None
         gradients = linear_backward(
-            grad, x, clipped, weight, ranges, clip, weight_seed, tile_weight, mask, *ctx.numbers, ctx.input_shape,
+            grad, x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, mask, *ctx.numbers, ctx.input_shape,
             bias_dtype, needs_input, needs_matrix,
         )  # fmt: skip
         found = iter(gradients)
@@ -160,7 +172,7 @@ class _EagerAnalogLinear(torch.autograd.Function):
 
 def _remember(ctx: Any, args: Sequence[Any], kept: Sequence[Tensor]) -> None:
     """Keep what the backward needs of the arguments and of what the forward made beside its output."""
-    x, weight, bias, input_range, clip, _, weight_seed, tile_weight, _, tally, settings = args
+    x, weight, bias, input_range, clip, seed, weight_seed, tile_weight, _, tally, settings = args
     kept, numbers = list(kept), settings.forward
     ctx.numbers = settings.backward if tally is None else settings.tallied
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -168,7 +180,8 @@ def _remember(ctx: Any, args: Sequence[Any], kept: Sequence[Tensor]) -> None:
     mask = kept.pop(0) if numbers.out_bound > 0 else None
     ranges = kept.pop(0) if numbers.dynamic_range else input_range
     x, clipped = kept or (x, None)
-    ctx.save_for_backward(x, clipped, weight, ranges, clip, weight_seed, tile_weight, mask)
+    seed = seed if numbers.inp_noise > 0 or numbers.inp_sto_round else None
+    ctx.save_for_backward(x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, mask)
 
 
 def parts_of(tensor: Tensor | None, groups: int, dim: int = 0) -> list[Any]:
@@ -258,9 +271,9 @@ def _checked(
 ) -> _Settings:
     """The arguments fit each other; what they ask for."""
     (
-        dynamic_input_range, max_input_size, inp_res, out_noise, out_noise_per_channel, out_bound, out_bound_per_channel,
-        out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay, input_min_percentage, fast_mode,
-        training, save_input, groups, patches,
+        dynamic_input_range, max_input_size, inp_res, inp_noise, inp_sto_round, out_noise, out_noise_per_channel, out_bound,
+        out_bound_per_channel, out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay,
+        input_min_percentage, fast_mode, training, save_input, groups, patches,
     ) = numbers  # fmt: skip
     check_input(x, weight, groups, patches)
     check.tensors(bias=bias, input_range=input_range, weight_clip=weight_clip, seed=seed, weight_seed=weight_seed)
@@ -278,10 +291,12 @@ def _checked(
     check.bias(bias, weight.shape[0])
     check.kind("weight_noise", weight_noise)
     check.non_negative("weight_noise_std", weight_noise_std)
+    check.non_negative("inp_noise", inp_noise)
     check.non_negative("out_noise", out_noise)
     check.range_rule(range_decay, input_min_percentage, "range_decay")
     ranged = dynamic_input_range or input_range is not None
-    for name, value in (("inp_res", inp_res), ("out_noise", out_noise), ("out_bound", out_bound)):
+    scaled = {"inp_res": inp_res, "inp_noise": inp_noise, "out_noise": out_noise, "out_bound": out_bound}
+    for name, value in scaled.items():
         if value > 0 and not ranged:
             raise ValueError(
                 f"{name}: got {value} without an input range, which scales it; pass input_range or "
@@ -311,19 +326,20 @@ def _checked(
     check.wmax_shape("tile_weight[1]", tile_wmax, slices, weight.shape[0])
     if not training:
         out_noise, weight_noise = 0.0, "none"
+    inp_sto_round = inp_sto_round and inp_res > 0
     packed = None if patches is None else patches.numbers()
     backward = _Backward(
-        slices, float(inp_res), weight_quantization, float(weight_res), weight_noise, float(weight_noise_std),
-        float(range_decay), float(input_min_percentage), fast_mode, packed,
+        slices, float(inp_res), float(inp_noise), inp_sto_round, weight_quantization, float(weight_res), weight_noise,
+        float(weight_noise_std), float(range_decay), float(input_min_percentage), fast_mode, packed,
     )  # fmt: skip
     return _Settings(
         dtype,
-        draws_output=out_noise > 0,
+        draws_signals=numbers.draws_signals,
         draws_weight=numbers.disturbs_weight and tile_weight is None,
         forward=_Forward(
-            slices, dynamic_input_range, float(inp_res), float(out_noise), out_noise_per_channel, float(out_bound),
-            out_bound_per_channel, float(out_res), weight_quantization, float(weight_res), weight_noise,
-            float(weight_noise_std), save_input, packed,
+            slices, dynamic_input_range, float(inp_res), float(inp_noise), inp_sto_round, float(out_noise),
+            out_noise_per_channel, float(out_bound), out_bound_per_channel, float(out_res), weight_quantization,
+            float(weight_res), weight_noise, float(weight_noise_std), save_input, packed,
         ),
         backward=backward,
         tallied=backward._replace(decay=-1.0),
@@ -404,7 +420,7 @@ def _linear(tensors: tuple[Any, ...], numbers: Numbers, product: Callable[..., T
     groups, patches = numbers.groups, numbers.patches
     if x.dtype != settings.dtype:
         x = x.to(settings.dtype)
-    if seed is None and (settings.draws_output or (settings.draws_weight and weight_seed is None)):
+    if seed is None and (settings.draws_signals or (settings.draws_weight and weight_seed is None)):
         seed = draw_seed(x.device)
     if weight_seed is None:
         weight_seed = seed

@@ -108,6 +108,8 @@ def analog_linear(
     weight_clip: Tensor | None = None,
     max_input_size: int = -1,
     inp_res: float = -1.0,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
     out_noise: float = 0.0,
     out_noise_per_channel: bool = False,
     out_bound: float = 0.0,
@@ -142,6 +144,9 @@ def analog_linear(
         weight_clip: ``[S, N]``, a learned clip per slice and channel; it replaces the weight's largest magnitude.
         max_input_size: Rows of a tile: ``S = ceil(K / max_input_size)`` slices of nearly equal width; ``<= 0``: one slice.
         inp_res: Input converter: number of steps over ``-r .. r`` (> 1) or its inverse; ``<= 0`` is off. Needs a range.
+        inp_noise: Input noise behind the input converter, a fraction of ``r``; in evaluation too. Needs a range.
+        inp_sto_round: The input converter rounds up with the probability of the fraction instead of to the nearest step; in
+            evaluation too. Needs ``inp_res``.
         out_noise: Output noise, a fraction of ``r * max|w|``, over all slices together; training only. Needs a range.
         out_noise_per_channel: Scale the output noise by each channel's largest weight instead of the slice's.
         out_bound: Output converter's bound as a multiple of ``r * max|w|``; ``<= 0`` is off. Needs a range.
@@ -154,8 +159,10 @@ def analog_linear(
         range_decay: Pull of a learned range towards 0 where almost nothing clips.
         input_min_percentage: Share of unclipped inputs above which ``range_decay`` acts.
         fast_mode: Give ``input_range`` the plain gradient of a clamp instead of the learned-range rule.
-        training: Noise is drawn only in training; converters, bounds and quantization stay on.
-        seed: int64 ``[1]`` on the device of ``x``; None draws one (:func:`draw_seed`). The same seed gives the same noise.
+        training: Noise of weights and outputs is drawn only in training; converters with their input noise, bounds and
+            quantization stay on.
+        seed: int64 ``[1]`` on the device of ``x``; None draws one (:func:`draw_seed`). The same seed gives the same
+            noise and the same rounding.
         weight_seed: Seed of the weight noise alone, to keep one noise over several calls; default ``seed``.
         tile_weight: What :func:`modified_weight` gave for the same weight and settings, to use it in several calls.
         save_input: What the backward keeps of ``x``: ``"full"`` is ``x`` itself (no copy), ``"int8"`` the converter's integers
@@ -182,9 +189,9 @@ def analog_linear(
         raise TypeError(f"max_input_size: got {max_input_size!r}; an int is needed")
     tile, tile_wmax = tile_weight or (None, None)
     numbers = Numbers(
-        dynamic_input_range, max_input_size, inp_res, out_noise, out_noise_per_channel, out_bound, out_bound_per_channel,
-        out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay, input_min_percentage,
-        fast_mode, training, save_input, groups, patches,
+        dynamic_input_range, max_input_size, inp_res, inp_noise, inp_sto_round, out_noise, out_noise_per_channel, out_bound,
+        out_bound_per_channel, out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay,
+        input_min_percentage, fast_mode, training, save_input, groups, patches,
     )  # fmt: skip
     y = linear(x, weight, bias, input_range, weight_clip, seed, weight_seed, tile, tile_wmax, numbers)
     remark(numbers, input_range is not None)

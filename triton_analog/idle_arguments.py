@@ -40,6 +40,7 @@ def _text(numbers: Numbers, stored_range: bool) -> str:
         ("weight_noise_std", n.weight_noise_std > 0 and n.weight_noise == "none", "weight_noise is 'none'", kinds),
         ("weight_noise", n.weight_noise != "none" and n.weight_noise_std == 0, "weight_noise_std is 0", "a deviation"),
         ("weight_res", n.weight_res > 0 and n.weight_quantization == "none", "weight_quantization is 'none'", kinds),
+        ("inp_sto_round", n.inp_sto_round and not n.inp_res > 0, "inp_res is off", "a resolution"),
         ("out_noise_per_channel", n.out_noise_per_channel and n.out_noise == 0, "out_noise is 0", "a deviation"),
         ("out_bound_per_channel", n.out_bound_per_channel and not n.out_bound > 0, "out_bound is off", "a bound"),
         ("fast_mode", n.fast_mode and not stored_range, "input_range is None", "a range per slice"),

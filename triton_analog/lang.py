@@ -10,6 +10,8 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 TINY = tl.constexpr(2.0**-100)
 WEIGHT_STREAM = tl.constexpr(0)
 OUTPUT_STREAM = tl.constexpr(1)
+ROUNDING_STREAM = tl.constexpr(2**30 - 2)
+INPUT_STREAM = tl.constexpr(2**30 - 1)
 
 # PTX for NVIDIA GPUs, with a plain path beside its use.
 MULTIPLY_WIDE = tl.constexpr("{ .reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t; }")
@@ -84,6 +86,14 @@ def step_of(bound, q_max):
 def to_steps(v, bound, q_max):
     """``v`` as an integer number of steps in ``-q_max .. q_max`` (clamped, then rounded: the DAC and weight rule)."""
     return round_even(clamp(v * steps_per_unit(bound, q_max), q_max))
+
+
+@triton.jit
+def to_random_steps(v, bound, q_max, u):
+    """As :func:`to_steps`, but rounded up with the probability of the fraction; ``u`` is uniform between 0 and 1."""
+    steps = clamp(v * steps_per_unit(bound, q_max), q_max)
+    down = tl.floor(steps)
+    return down + (u < steps - down).to(tl.float32)
 
 
 @triton.jit
@@ -238,3 +248,48 @@ def normal_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr,
             tl.join(one_of_pair(w2, is_lower), one_of_pair(w3, is_lower)),
         )
         return z.reshape(ROWS, COLS // 16, 4, 2, 2).permute(0, 1, 4, 2, 3).reshape(ROWS, COLS)
+
+
+@triton.jit
+def between(half):
+    """The middle of part ``half`` of ``2**16`` equal parts of 0 .. 1."""
+    return (half.to(tl.float32) + 0.5) * 1.52587890625e-05  # 2**-16
+
+
+@triton.jit
+def uniform_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Numbers between 0 and 1 for the elements from ``(row, col)`` on, with the counters and words of :func:`normal_tile`: the
+    upper eight rows have the low half of a word, the lower the high one."""
+    key = seed.to(tl.uint64, bitcast=True)
+    k0 = (key & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    c1 = (col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
+    c2 = (tl.zeros((1, 1), tl.int32) + plane).to(tl.uint32)
+    c3 = tl.full((1, 1), STREAM, tl.uint32)
+    if ROWS >= 16:
+        c0 = (row // 2 + tl.arange(0, ROWS // 2)).to(tl.uint32)[:, None]
+        w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
+        words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+        halves = tl.join(words & 0xFFFF, words >> 16).reshape(ROWS // 16, 8, COLS // 16, 4, 2, 2, 2)
+        return between(halves.permute(0, 6, 1, 2, 5, 3, 4).reshape(ROWS, COLS))
+    else:
+        m = row + tl.arange(0, ROWS)
+        w0, w1, w2, w3 = philox((m // 16 * 8 + m % 8).to(tl.uint32)[:, None], c1, c2, c3, k0, k1)
+        words = tl.join(tl.join(w0, w1), tl.join(w2, w3)).reshape(ROWS, COLS // 16, 4, 2, 2)
+        words = words.permute(0, 1, 4, 2, 3).reshape(ROWS, COLS)
+        return between(tl.where(((m // 8) % 2 != 0)[:, None], words >> 16, words & 0xFFFF))
+
+
+@triton.jit
+def uniform_at(seed, m, n, plane, STREAM: tl.constexpr):
+    """The numbers of :func:`uniform_tile` at rows ``m [ROWS, 1]`` and columns ``n [1, COLS]``, anywhere; ``plane`` is
+    ``[1, COLS]``. Eight times the work."""
+    key = seed.to(tl.uint64, bitcast=True)
+    k0 = (key & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    c0 = (m // 16 * 8 + m % 8).to(tl.uint32)
+    c1 = (n // 16 * 4 + n % 8 // 2).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, plane.to(tl.uint32), tl.full((1, 1), STREAM, tl.uint32), k0, k1)
+    is_odd, is_right = n % 2 != 0, n // 8 % 2 != 0
+    word = tl.where(is_right, tl.where(is_odd, w3, w2), tl.where(is_odd, w1, w0))
+    return between(tl.where((m // 8) % 2 != 0, word >> 16, word & 0xFFFF))

@@ -91,6 +91,7 @@ def export_config(
     theirs.mapping.weight_scaling_columnwise = per_channel
 
     theirs.forward.inp_res, theirs.forward.inp_bound = _converter(io.inp_res)
+    theirs.forward.inp_noise, theirs.forward.inp_sto_round = io.inp_noise, io.inp_sto_round
     theirs.forward.out_bound, theirs.forward.out_res = max(io.out_bound, 0.0), io.out_res
     for name in RANGE_FIELDS:
         setattr(theirs.pre_post.input_range, name, getattr(range_, name))

@@ -229,7 +229,12 @@ class _Exporter:
         config = layer.rpu_config
         config.validate()
         rpu_config, per_channel = export_config(
-            config, name, layer.slices, self.max_output_size, self.out_noise, lambda note: self.notes.add(name, note)
+            config,
+            name,
+            layer.slices,
+            self.max_output_size,
+            self.out_noise,
+            lambda note: self.notes.add(name, note),
         )
         weight, wmax = ops.weight(
             layer.matrix,

@@ -17,10 +17,9 @@ from triton_analog.config import (
     WeightNoiseInjectionType,
     effects,
 )
+from triton_analog.config.sections import NOT_SIMULATED
 
 _IDEAL_IO = {
-    "inp_noise": 0.0,
-    "inp_sto_round": False,
     "inp_asymmetry": 0.0,
     "out_noise_std": 0.0,
     "out_sto_round": False,
@@ -115,7 +114,8 @@ def _import_io(
             raise _refuse(layer, f"forward.{field}", getattr(io, field), f"set it to {off}")
     management, bound_management = io.noise_management, io.bound_management
     if bound_management is not enums.BoundManagementType.NONE and io.out_bound > 0:
-        raise _refuse(layer, "forward.bound_management", bound_management, "set it to NONE, or out_bound = 0")
+        remedy = f"set it to NONE, or out_bound = 0: {NOT_SIMULATED['bound_management']}"
+        raise _refuse(layer, "forward.bound_management", bound_management, remedy)
     dynamic = management is enums.NoiseManagementType.ABS_MAX and io.nm_thres <= 0
     if not dynamic and management is not enums.NoiseManagementType.NONE:
         raise _refuse(layer, "forward.noise_management", management, "set it to NONE, or to ABS_MAX with nm_thres = 0")
@@ -136,6 +136,8 @@ def _import_io(
         raise _refuse(layer, "forward.inp_bound", io.inp_bound, "set it to 1.0, as inputs are scaled to -1 .. 1")
     if config.forward.inp_res > 0 and fixed_range is not None and not _on_grid(io.inp_res):
         raise _refuse(layer, "forward.inp_res", io.inp_res, "take an even number of steps, such as 2**8 - 2")
+    config.forward.inp_noise = max(io.inp_noise, 0.0) / (fixed_range or 1.0)
+    config.forward.inp_sto_round = io.inp_sto_round
     if io.out_noise > 0:
         note("forward.out_noise: acts in training only")
         config.forward.out_noise = float(f"{io.out_noise * root_slices / (fixed_range or 1.0):.12g}")

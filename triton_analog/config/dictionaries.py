@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from triton_analog.config.checks import require
+from triton_analog.config.sections import NOT_SIMULATED
 from triton_analog.hints import did_you_mean
 
 
@@ -36,7 +37,8 @@ def fill(section: Any, values: Any, path: str) -> None:
     for name, value in values.items():
         here = f"{path}{name}"
         known = f"unknown field; {type(section).__name__} has {', '.join(names)}"
-        require(name in names, here, value, known + did_you_mean(str(name), names, "", lead="; "))
+        known += did_you_mean(str(name), names, "", lead="; ")
+        require(name in names, here, value, NOT_SIMULATED.get(name, known))
         current = getattr(section, name)
         if is_dataclass(current):
             fill(current, value, here + ".")

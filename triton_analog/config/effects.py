@@ -42,6 +42,12 @@ def without_effect(config: Any) -> list[Remark]:
             found.append(Remark(path, changed[path], f"which has no effect as {why}", remedy))
 
     io, clip, modifier, range_ = config.forward, config.clip, config.modifier, config.pre_post.input_range
+    if not io.inp_res > 0:
+        note(
+            "forward.inp_sto_round",
+            "forward.inp_res is off",
+            "set forward.inp_res, such as 2**8 - 2, or leave this False",
+        )
     if not io.out_noise > 0:
         note("forward.out_noise_per_channel", "forward.out_noise is 0", "set forward.out_noise, or leave this False")
     if clip.sigma > 0 and clip.type in (WeightClipType.NONE, WeightClipType.LEARNABLE_PER_CHANNEL):

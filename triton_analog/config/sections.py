@@ -18,6 +18,12 @@ from triton_analog.config.enums import (
 from triton_analog.config.errors import ConfigError
 from triton_analog.hints import did_you_mean, warn_user
 
+NOT_SIMULATED = {
+    "bound_management": "it repeats the product of a whole batch with smaller inputs while any output saturates, up to ten "
+    "products in a forward, and the host would have to wait for each of them; set forward.out_bound to what hardly saturates"
+}
+"""Fields that AIHWKIT has and no config here can have, and why."""
+
 _changes = 0
 
 
@@ -59,6 +65,8 @@ class Section:
 def _unknown(kind: Any, name: str, section: Any = None) -> str:
     """What to say of a field ``name`` that the class ``kind`` does not have; of ``section``, if there is an instance."""
     names = [f.name for f in fields(kind)]
+    if name in NOT_SIMULATED:
+        return f"{kind.__name__} has no field {name!r}: {NOT_SIMULATED[name]}"
     for outer in names if section is not None else ():
         if name in getattr(getattr(section, outer), "__dataclass_fields__", ()):
             return f"{kind.__name__} has no field {name!r} itself; it is {outer}.{name}"
@@ -67,7 +75,8 @@ def _unknown(kind: Any, name: str, section: Any = None) -> str:
 
 @dataclass(slots=True)
 class IOParameters(Section):
-    """The analog matrix product: converters at its input (DAC) and output (ADC), and the noise at its output.
+    """The analog matrix product: converters at its input (DAC) and output (ADC), and the noise behind the one and before the
+    other.
 
     A resolution is a number of steps (``2**8 - 2``), its inverse (``1 / 254``), or ``<= 0`` for off. Everything here
     needs an input range (``pre_post.input_range.enable``).
@@ -85,6 +94,11 @@ class IOParameters(Section):
     """Resolution of the ADC; needs ``out_bound > 0``."""
     save_input: SavedInput = SavedInput.FULL
     """What the backward keeps of the input."""
+    inp_noise: float = 0.0
+    """Standard deviation of the input noise behind the DAC, in units of the input range, in training and evaluation. 0 is off."""
+    inp_sto_round: bool = False
+    """Let the DAC round up with the probability of the fraction instead of to the nearest step, in training and
+    evaluation; needs ``inp_res``."""
 
 
 @dataclass(slots=True)

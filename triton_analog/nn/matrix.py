@@ -356,7 +356,7 @@ class AnalogMatrixLayer(SavedState):
             if one_forward.tile is None:
                 one_forward.tile = self._tile_of_all(one_forward, x, matrix, numbers)
             tile, wmax = one_forward.tile
-            if numbers.training and numbers.out_noise > 0:
+            if numbers.draws_signals:
                 seed = one_forward.seed(x.device)
         elif noise_lasts:
             seed, weight_seed, tile, wmax = self._lasting_noise(x, matrix, numbers)

@@ -96,6 +96,8 @@ def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:
         "dynamic_input_range": range_.enable and range_.dynamic,
         "max_input_size": config.mapping.max_input_size,
         "inp_res": io.inp_res,
+        "inp_noise": io.inp_noise,
+        "inp_sto_round": io.inp_sto_round,
         "out_noise": io.out_noise,
         "out_noise_per_channel": io.out_noise_per_channel,
         "out_bound": io.out_bound,

@@ -309,3 +309,22 @@ def input_converter(inp_res: float, input_range: Tensor | None, x: Tensor) -> No
                 f"inp_res: {max(inp_res, 1 / inp_res):g} steps overflow float16; use at most 2**16 steps, bfloat16 or float32"
             ),
         )
+
+
+def random_input(
+    inp_noise: float, inp_sto_round: bool, inp_res: float, input_range: Tensor | None, seed: Tensor | None
+) -> None:
+    """Input noise and stochastic rounding have what they need."""
+    non_negative("inp_noise", inp_noise)
+    require(
+        inp_noise == 0 or input_range is not None,
+        lambda: f"inp_noise: got {inp_noise} without input_range, which scales it; pass a range or 0",
+    )
+    require(
+        not inp_sto_round or inp_res > 0,
+        lambda: (
+            f"inp_sto_round: True, but inp_res is {inp_res} and nothing is rounded; give the converter's resolution"
+        ),
+    )
+    what = "inp_noise > 0" if inp_noise > 0 else "inp_sto_round"
+    seed_given(seed, inp_noise > 0 or inp_sto_round, what)

@@ -1,6 +1,7 @@
 """The input converter: clamp to the range, then round to its grid (SEMANTICS 3, steps 1 and 2).
 
-``x_q = round(clamp(x / step, -Q, Q)) * step`` with ``step = r_s / Q``; without a resolution ``x_q = clamp(x, -r_s, r_s)``
+``x_q = round(clamp(x / step, -Q, Q)) * step`` with ``step = r_s / Q``; without a resolution ``x_q = clamp(x, -r_s, r_s)``.
+Behind it ``x_q += inp_noise * r_s * z``
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ from torch import Tensor
 import triton_analog.reference as reference
 from triton_analog.lang import (
     DYNAMIC_RANGE,
+    INPUT_STREAM,
     NO_RANGE,
+    ROUNDING_STREAM,
     STATIC_RANGE,
+    TINY,
     cast,
     clamp,
+    normal_tile,
     slice_bounds,
     slice_of,
     step_of,
+    to_random_steps,
     to_steps,
+    uniform_at,
+    uniform_tile,
 )
 from triton_analog.launch import aligned, block, cdiv, launch
 from triton_analog.launch.lookup import choose
@@ -99,19 +107,53 @@ def convert_columns(x, range_ptr, s, m, M, q_max, MODE: tl.constexpr, QUANTIZE: 
     return x
 
 
+@triton.jit
+def convert_tile(
+    x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, MODE: tl.constexpr, QUANTIZE: tl.constexpr,
+    STO_ROUND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """:func:`convert_columns` of a tile that begins at ``first_m`` and ``first_column`` of the slice, a multiple of 16."""
+    if STO_ROUND:
+        u = uniform_tile(tl.load(seed_ptr), first_m, first_column, s, ROUNDING_STREAM, ROWS, COLUMNS)
+        return to_random_steps(x, load_range(range_ptr, s, m, M, MODE), q_max, u)
+    else:
+        return convert_columns(x, range_ptr, s, m, M, q_max, MODE, QUANTIZE)
+
+
+@triton.jit
+def disturb_tile(
+    x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, inp_noise, MODE: tl.constexpr, QUANTIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of :func:`convert_tile` plus input noise, in its unit; a range of zero has no noise."""
+    deviation = load_range(range_ptr, s, m, M, MODE)
+    if QUANTIZE:
+        deviation = tl.where(deviation < TINY, 0.0, q_max)
+    z = normal_tile(tl.load(seed_ptr), first_m, first_column, s, INPUT_STREAM, ROWS, COLUMNS)
+    return x + inp_noise * deviation * z
+
+
 @triton.jit(do_not_specialize=["M"])
 def dac_kernel(
-    x_ptr, range_ptr, out_ptr, M, K, S, stride_m, stride_k, q_max,
-    MODE: tl.constexpr, QUANTIZE: tl.constexpr, VALUES: tl.constexpr, CONVERTED: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, range_ptr, out_ptr, seed_ptr, M, K, S, stride_m, stride_k, q_max, inp_noise,
+    MODE: tl.constexpr, QUANTIZE: tl.constexpr, STO_ROUND: tl.constexpr, INPUT_NOISE: tl.constexpr, VALUES: tl.constexpr,
+    CONVERTED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
+    m = first_m + tl.arange(0, BLOCK_M)
     s = tl.program_id(2)
     start, width = slice_bounds(s, K, S, ALIGNED)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_column = tl.program_id(1) * BLOCK_K
+    column = first_column + tl.arange(0, BLOCK_K)
     x = load_columns(x_ptr, m, start, column, width, M, stride_m, stride_k)
     if not CONVERTED:
-        x = convert_columns(x, range_ptr, s, m, M, q_max, MODE, QUANTIZE)
+        x = convert_tile(
+            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, MODE, QUANTIZE, STO_ROUND, BLOCK_M, BLOCK_K
+        )
+    if INPUT_NOISE:
+        x = disturb_tile(
+            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, inp_noise, MODE, QUANTIZE, BLOCK_M, BLOCK_K
+        )
     if VALUES and QUANTIZE:
         x *= step_of(load_range(range_ptr, s, m, M, MODE), q_max)
     inside = (m < M)[:, None] & (column < width)[None, :]
@@ -127,6 +169,9 @@ def launch_dac(
     dtype: torch.dtype | None = None,
     values: bool = True,
     converted: bool = False,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
     config: DacConfig | None = None,
 ) -> Tensor:
     """``values``: converted inputs in their own unit, otherwise numbers of steps; ``x`` holds those if ``converted``."""
@@ -137,8 +182,9 @@ def launch_dac(
     out = torch.empty(M, K, dtype=dtype or x.dtype, device=x.device)
     launch(
         dac_kernel, (cdiv(M, config.BLOCK_M), cdiv(width, config.BLOCK_K), slices), x.device, x,
-        input_range.contiguous(), out, M, K, slices, *x.stride(), q_max, MODE=range_mode(input_range), QUANTIZE=q_max > 0,
-        VALUES=values, CONVERTED=converted, ALIGNED=aligned(K, slices), **vars(config),
+        input_range.contiguous(), out, seed, M, K, slices, *x.stride(), q_max, inp_noise, MODE=range_mode(input_range),
+        QUANTIZE=q_max > 0, STO_ROUND=inp_sto_round and q_max > 0, INPUT_NOISE=inp_noise > 0, VALUES=values,
+        CONVERTED=converted, ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip
     return out
 
@@ -151,9 +197,12 @@ def _launch(
     decay: float,
     input_min_percentage: float,
     fast_mode: bool,
+    inp_noise: float,
+    inp_sto_round: bool,
+    seed: Tensor | None,
 ) -> Tensor:
-    """The last three are for the backward."""
-    return launch_dac(x, input_range, slices, inp_res)
+    """``decay``, ``input_min_percentage`` and ``fast_mode`` are for the backward."""
+    return launch_dac(x, input_range, slices, inp_res, inp_noise=inp_noise, inp_sto_round=inp_sto_round, seed=seed)
 
 
 def _fake(x: Tensor) -> Tensor:
@@ -172,16 +221,16 @@ class _Dac(Gradient):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, input_range, ctx.slices, _, *ctx.rule = inputs
+        x, input_range, ctx.slices, _, *ctx.rule, _, _, _ = inputs
         ctx.save_for_backward(x, input_range)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, input_range = ctx.saved_tensors
         if input_range.ndim == 2:  # a dynamic range never clips
-            return grad, *(None,) * 6
+            return grad, *(None,) * 9
         grad_x, grad_range = _input_range_grad(grad, x, input_range, ctx.slices, *ctx.rule)
-        return grad_x, grad_range.to(input_range.dtype), *(None,) * 5
+        return grad_x, grad_range.to(input_range.dtype), *(None,) * 8
 
 
 _dac.gradient = _Dac
@@ -196,10 +245,13 @@ def dac(
     decay: float = 0.0,
     input_min_percentage: float = 0.95,
     fast_mode: bool = False,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``x [M, K]`` clamped to its input range and, with ``inp_res``, quantized; contiguous, in the dtype of ``x``.
 
-    Differentiable in ``x`` (straight through the rounding, 0 where clipped) and in a static ``input_range`` (SEMANTICS 6).
+    Differentiable in ``x`` (straight through rounding and noise, 0 where clipped) and in a static ``input_range`` (SEMANTICS 6).
 
     Args:
         x: Inputs ``[M, K]``.
@@ -210,6 +262,9 @@ def dac(
         decay: Pull of the range towards 0 where almost nothing clips.
         input_min_percentage: Share of unclipped inputs above which ``decay`` acts.
         fast_mode: The plain gradient of a clamp instead of the learned-range rule.
+        inp_noise: Standard deviation of normal noise behind the converter, in units of the range; 0 is off.
+        inp_sto_round: Round up with the probability of the fraction instead of to the nearest step; needs ``inp_res``.
+        seed: int64 tensor with one element, needed for ``inp_noise`` and ``inp_sto_round``.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
@@ -217,10 +272,13 @@ def dac(
     check.matrix("x", x)
     check.slice_count(x.shape[1], slices)
     check.range_kind(input_range, slices, x.shape[0])
-    check.together("x", x, input_range=input_range)
+    check.together("x", x, input_range=input_range, seed=seed)
     check.resolution("inp_res", inp_res)
+    check.random_input(inp_noise, inp_sto_round, inp_res, input_range, seed)
     check.range_rule(decay, input_min_percentage)
-    return _dac(x, input_range, slices, float(inp_res), decay, input_min_percentage, fast_mode)
+    return _dac(
+        x, input_range, slices, float(inp_res), decay, input_min_percentage, fast_mode, inp_noise, inp_sto_round, seed
+    )
 
 
 # ---- What a backward needs of the input, in less than half of its bytes --------------------------------------------------
@@ -228,8 +286,8 @@ def dac(
 
 @triton.jit(do_not_specialize=["M"])
 def dac_steps_kernel(
-    x_ptr, range_ptr, steps_ptr, clipped_ptr, M, K, S, stride_m, stride_k, q_max,
-    MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, range_ptr, steps_ptr, clipped_ptr, seed_ptr, M, K, S, stride_m, stride_k, q_max,
+    MODE: tl.constexpr, STO_ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tiles of whole bytes of flags, so slices may begin anywhere in them."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
@@ -241,7 +299,11 @@ def dac_steps_kernel(
         r = tl.abs(tl.load(range_ptr + s.to(tl.int64) * M + m, mask=inside, other=0.0).to(tl.float32))
     else:
         r = tl.abs(tl.load(range_ptr + s, mask=k < K, other=0.0).to(tl.float32))
-    q = to_steps(x, r, q_max)
+    if STO_ROUND:
+        column = k - (s * (K // S) + tl.minimum(s, K % S))  # in its slice
+        q = to_random_steps(x, r, q_max, uniform_at(tl.load(seed_ptr), m, column, s, ROUNDING_STREAM))
+    else:
+        q = to_steps(x, r, q_max)
     touches, passes = inside & (tl.abs(x) >= r), inside & (tl.abs(x) <= r)
     q = tl.where(
         touches & (q == 0), tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)), q
@@ -262,7 +324,13 @@ def dac_steps_kernel(
 
 
 def launch_dac_steps(
-    x: Tensor, input_range: Tensor, slices: int, inp_res: float, config: DacConfig | None = None
+    x: Tensor,
+    input_range: Tensor,
+    slices: int,
+    inp_res: float,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
+    config: DacConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     config = config or choose(STEPS_SPACE, x.device, x.dtype, (M, K))
@@ -271,8 +339,8 @@ def launch_dac_steps(
     clipped = torch.empty(2, M if static else 0, -(-K // 8), dtype=torch.uint8, device=x.device)
     launch(
         dac_steps_kernel, (cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)), x.device, x,
-        input_range.contiguous(), steps, clipped, M, K, slices, *x.stride(), half_steps(inp_res),
-        MODE=range_mode(input_range), **vars(config),
+        input_range.contiguous(), steps, clipped, seed, M, K, slices, *x.stride(), half_steps(inp_res),
+        MODE=range_mode(input_range), STO_ROUND=inp_sto_round, **vars(config),
     )  # fmt: skip
     return steps, clipped
 
@@ -285,7 +353,15 @@ def _fake_steps(x: Tensor, input_range: Tensor) -> tuple[Tensor, Tensor]:
 _dac_steps = Operator("dac_steps", launch_dac_steps, reference.dac_steps, _fake_steps)
 
 
-def dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tuple[Tensor, Tensor]:
+def dac_steps(
+    x: Tensor,
+    input_range: Tensor,
+    slices: int,
+    inp_res: float,
+    *,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """All that a backward needs of an input ``[M, K]``, in five eighths of the bytes of fp16: int8 numbers of steps
     ``[M, K]`` and, for a static range, two flags per element, uint8 ``[2, M, ceil(K / 8)]`` (low bit first).
 
@@ -296,6 +372,7 @@ def dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tu
         input_range: ``[S]`` or, dynamic, ``[S, M]``.
         slices: Number of slices of the columns.
         inp_res: Number of steps, 2 to 254, or its inverse.
+        inp_sto_round, seed: As in :func:`dac`.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
@@ -303,6 +380,7 @@ def dac_steps(x: Tensor, input_range: Tensor, slices: int, inp_res: float) -> tu
     check.matrix("x", x)
     check.slice_count(x.shape[1], slices)
     check.range_kind(input_range, slices, x.shape[0])
-    check.together("x", x, input_range=input_range)
+    check.together("x", x, input_range=input_range, seed=seed)
     check.int8_steps("inp_res", inp_res)
-    return _dac_steps(x.detach(), input_range.detach(), slices, float(inp_res))
+    check.random_input(0.0, inp_sto_round, inp_res, input_range, seed)
+    return _dac_steps(x.detach(), input_range.detach(), slices, float(inp_res), inp_sto_round, seed)

@@ -62,6 +62,8 @@ def launch_linear_forward(
     slices: int,
     dynamic_range: bool,
     inp_res: float,
+    inp_noise: float,
+    inp_sto_round: bool,
     out_noise: float,
     out_noise_per_channel: bool,
     out_bound: float,
@@ -79,7 +81,7 @@ def launch_linear_forward(
     w, wmax, int8 = tile_weight, tile_wmax, False
     if w is None:
         modifier = weight_quantization, weight_res, weight_noise, weight_noise_std
-        int8 = not needs_grad and _is_integer_product(inp_res, *modifier)
+        int8 = not needs_grad and inp_noise <= 0 and _is_integer_product(inp_res, *modifier)
         w, wmax = _launch_tiles(weight, slices, clip, *modifier, weight_seed, torch.int8 if int8 else x.dtype)
     if wmax is None and (out_noise > 0 or out_bound > 0):
         wmax = launch_absmax(weight, slices)
@@ -93,7 +95,7 @@ def launch_linear_forward(
     y, mask = launch_matmul(
         rows, w, bias, r, slices, inp_res, out_noise, scale(out_noise > 0, out_noise_per_channel), out_bound,
         scale(out_bound > 0, out_bound_per_channel), out_res, seed, scale(int8, weight_quantization == "per_channel"),
-        weight_res, needs_grad,
+        weight_res, needs_grad, inp_noise, inp_sto_round,
     )  # fmt: skip
     results = [y]
     if out_bound > 0 and needs_grad:
@@ -101,7 +103,7 @@ def launch_linear_forward(
     if dynamic_range and needs_grad and r is not None:
         results.append(r)
     if r is not None and keeps_steps(save_input, needs_grad, x, rows.numel()):
-        results += launch_dac_steps(rows, r, slices, inp_res)
+        results += launch_dac_steps(rows, r, slices, inp_res, inp_sto_round, seed)
     return results
 
 
@@ -139,11 +141,14 @@ def launch_linear_backward(
     weight: Tensor,
     input_range: Tensor | None,
     clip: Tensor | None,
+    seed: Tensor | None,
     weight_seed: Tensor | None,
     tile_weight: Tensor | None,
     mask: Tensor | None,
     slices: int,
     inp_res: float,
+    inp_noise: float,
+    inp_sto_round: bool,
     weight_quantization: str,
     weight_res: float,
     weight_noise: str,
@@ -159,7 +164,7 @@ def launch_linear_backward(
 ) -> list[Tensor]:
     rows = Patches.of(patches).unfold(x) if patches is not None and x.dtype != torch.int8 else x
     static = input_range if input_range is not None and input_range.ndim == 1 else None
-    rule = decay, input_min_percentage, fast_mode
+    rule, random = (decay, input_min_percentage, fast_mode), (inp_noise, inp_sto_round, seed)
     w = tile_weight
     if needs_input and w is None:
         modifier = weight_quantization, weight_res, weight_noise, weight_noise_std
@@ -167,7 +172,7 @@ def launch_linear_backward(
     if needs_input and needs_weight:
         assert w is not None
         dx, drange, dw, dbias = launch_matmul_backward(
-            grad, w, rows, clipped, input_range, slices, mask, *rule, inp_res, weight.dtype, bias_dtype
+            grad, w, rows, clipped, input_range, slices, mask, *rule, inp_res, weight.dtype, bias_dtype, *random
         )
     elif needs_input:
         assert w is not None
@@ -175,7 +180,7 @@ def launch_linear_backward(
     elif needs_weight:
         converted = x.dtype == torch.int8
         dw, dbias = launch_matmul_wgrad(
-            grad, rows, input_range, slices, mask, inp_res, weight.dtype, converted, bias_dtype
+            grad, rows, input_range, slices, mask, inp_res, weight.dtype, converted, bias_dtype, *random
         )
     results = []
     if needs_input:

@@ -53,7 +53,7 @@ from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_tile, store_bits
 from triton_analog.ops._transforms import Gradient
 from triton_analog.ops.dac import SPACE as DAC_SPACE
-from triton_analog.ops.dac import convert_columns, load_columns, load_range, range_mode
+from triton_analog.ops.dac import convert_columns, convert_tile, disturb_tile, load_columns, load_range, range_mode
 from triton_analog.ops.matmul_backward import _matmul_backward
 from triton_analog.ops.matmul_dgrad import _matmul_dgrad
 from triton_analog.ops.matmul_wgrad import _matmul_wgrad
@@ -203,11 +203,12 @@ def write_coefficients(
 
 @triton.jit(do_not_specialize=["M", "blocks_m"])
 def matmul_prepare_kernel(
-    x_ptr, range_ptr, operand_ptr, noise_wmax_ptr, bound_wmax_ptr, weight_wmax_ptr, coefficient_ptr, poison_ptr,
+    x_ptr, range_ptr, operand_ptr, noise_wmax_ptr, bound_wmax_ptr, weight_wmax_ptr, coefficient_ptr, poison_ptr, seed_ptr,
     M, N, K, S, stride_m, stride_k, width, blocks_m, blocks_k, columns, noise_columns, bound_columns, weight_columns,
-    in_q_max, weight_q_max, sigma, out_bound, out_q_max,
+    in_q_max, weight_q_max, sigma, out_bound, out_q_max, inp_noise,
     MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, INT8: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    STO_ROUND: tl.constexpr, INPUT_NOISE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The first ``blocks_m * blocks_k * S`` programs convert the input, each slice padded with zeros to ``width`` columns; the
     others find the coefficients."""
@@ -215,11 +216,19 @@ def matmul_prepare_kernel(
     blocks = blocks_m * blocks_k
     if pid < blocks * S:
         s = pid // blocks
-        m = (pid % blocks // blocks_k).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first_m, first_column = (pid % blocks // blocks_k).to(tl.int64) * BLOCK_M, pid % blocks_k * BLOCK_K
+        m = first_m + tl.arange(0, BLOCK_M)
         start, slice_width = slice_bounds(s, K, S, ALIGNED)
-        column = pid % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        column = first_column + tl.arange(0, BLOCK_K)
         x = load_columns(x_ptr, m, start, column, slice_width, M, stride_m, stride_k)
-        x = convert_columns(x, range_ptr, s, m, M, in_q_max, MODE, DAC)
+        x = convert_tile(
+            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, in_q_max, MODE, DAC, STO_ROUND, BLOCK_M, BLOCK_K
+        )
+        if INPUT_NOISE:
+            x = disturb_tile(
+                x, range_ptr, seed_ptr, s, first_m, first_column, m, M, in_q_max, inp_noise, MODE, DAC, BLOCK_M, BLOCK_K
+            )
+            x = tl.where((column < slice_width)[None, :], x, 0.0)
         if INT8:  # integers cannot hold NaN
             is_nan = tl.max((x != x).to(tl.int32), axis=1) > 0
             tl.store(poison_ptr + m, tl.full((BLOCK_M,), float("nan"), tl.float32), mask=is_nan & (m < M))
@@ -394,9 +403,10 @@ def launch_padding(weight: Tensor, slices: int, width: int) -> Tensor:
     tiles = choose(DAC_SPACE, weight.device, weight.dtype, (N, width), (False,))
     blocks = cdiv(N, tiles.BLOCK_M), cdiv(width, tiles.BLOCK_K)
     launch(
-        matmul_prepare_kernel, (slices * blocks[0] * blocks[1],), weight.device, weight, None, out, None, None, None, None, None,
-        N, 0, K, slices, *weight.stride(), width, *blocks, 0, 1, 1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, MODE=NO_RANGE, DAC=False,
-        NOISE=False, BOUND=False, ADC=False, INT8=False, ALIGNED=aligned(K, slices), BLOCK_N=16, **vars(tiles),
+        matmul_prepare_kernel, (slices * blocks[0] * blocks[1],), weight.device, weight, None, out, *[None] * 6,
+        N, 0, K, slices, *weight.stride(), width, *blocks, 0, 1, 1, 1, *[0.0] * 6, MODE=NO_RANGE, DAC=False,
+        NOISE=False, BOUND=False, ADC=False, INT8=False, STO_ROUND=False, INPUT_NOISE=False, ALIGNED=aligned(K, slices),
+        BLOCK_N=16, **vars(tiles),
     )  # fmt: skip
     return out
 
@@ -417,6 +427,8 @@ def launch_matmul(
     weight_wmax: Tensor | None = None,
     weight_res: float = 0.0,
     needs_mask: bool = True,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
     config: MatmulConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
@@ -434,7 +446,8 @@ def launch_matmul(
         (pipeline.DEPTH.value, tile.COLUMNS) if config.PIPELINED else (config.BLOCK_K, config.BLOCK_N)
     )
     width = cdiv(cdiv(K, slices), block_k) * block_k
-    convert = ranged and not config.PREPARED and not int8
+    is_random = inp_noise > 0 or inp_sto_round  # then it is to be drawn once, not for each tile of the product
+    convert = ranged and not (config.PREPARED or int8 or is_random)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=x.device)
@@ -461,8 +474,9 @@ def launch_matmul(
         programs = slices * (blocks[0] * blocks[1] + (cdiv(columns, block_n) if coefficients is not None else 0))
         launch(
             matmul_prepare_kernel, (programs,), x.device, x, input_range, operand, noise_wmax, bound_wmax, weight_wmax,
-            coefficients, poison, M, N, K, slices, *x.stride(), width, *blocks, columns, noise_columns, bound_columns,
-            weight_columns, in_q_max, half_steps(weight_res), sigma, out_bound, out_q_max, **flags,
+            coefficients, poison, seed if is_random else None, M, N, K, slices, *x.stride(), width, *blocks, columns,
+            noise_columns, bound_columns, weight_columns, in_q_max, half_steps(weight_res), sigma, out_bound, out_q_max,
+            inp_noise, **flags, STO_ROUND=inp_sto_round and in_q_max > 0, INPUT_NOISE=inp_noise > 0,
             ALIGNED=aligned(K, slices), BLOCK_N=block_n, **vars(tiles),
         )  # fmt: skip
 
@@ -509,7 +523,7 @@ class _Matmul(Gradient):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        _, weight, _, _, _, _, _, _, out_bound, *_, needs_mask = args
+        _, weight, _, _, _, _, _, _, out_bound, *_, needs_mask, _, _ = args
         check.require(
             needs_mask or out_bound <= 0,
             lambda: (
@@ -523,15 +537,18 @@ class _Matmul(Gradient):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, input_range, ctx.slices, ctx.inp_res, _, _, out_bound, *_ = inputs
+        x, weight, bias, input_range, ctx.slices, ctx.inp_res, *_ = inputs
+        out_bound, seed, ctx.random = inputs[8], inputs[11], inputs[-2:]
         _, mask = output
-        ctx.save_for_backward(x, weight, input_range, mask if out_bound > 0 else None)
+        ctx.save_for_backward(
+            x, weight, input_range, mask if out_bound > 0 else None, seed if any(ctx.random) else None
+        )
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        x, weight, input_range, mask = ctx.saved_tensors
+        x, weight, input_range, mask, seed = ctx.saved_tensors
         dx = dw = dbias = dr = None
         needs_x, needs_weight, needs_bias, needs_range = ctx.needs_input_grad[:4]
         static = input_range if input_range is not None and input_range.ndim == 1 else None
@@ -539,14 +556,16 @@ class _Matmul(Gradient):
         rule = 0.0, 1.0, False
         if (needs_x or needs_range) and (needs_weight or needs_bias):
             dx, dr, dw, dbias = _matmul_backward(
-                grad, weight, x, None, input_range, ctx.slices, mask, *rule, ctx.inp_res, dtype, bias_dtype
-            )
+                grad, weight, x, None, input_range, ctx.slices, mask, *rule, ctx.inp_res, dtype, bias_dtype, *ctx.random, seed
+            )  # fmt: skip
         elif needs_x or needs_range:
             dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, *rule, -1.0, False)
         elif needs_weight or needs_bias:
-            dw, dbias = _matmul_wgrad(grad, x, input_range, ctx.slices, mask, ctx.inp_res, dtype, False, bias_dtype)
+            dw, dbias = _matmul_wgrad(
+                grad, x, input_range, ctx.slices, mask, ctx.inp_res, dtype, False, bias_dtype, *ctx.random, seed
+            )
         dr = dr if static is not None else None
-        return dx, dw, dbias if needs_bias else None, dr, *(None,) * 11
+        return dx, dw, dbias if needs_bias else None, dr, *(None,) * 13
 
 
 _matmul.gradient = _Matmul
@@ -569,6 +588,8 @@ def matmul(
     weight_wmax: Tensor | None = None,
     weight_res: float = 0.0,
     needs_mask: bool = True,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The analog product ``y [M, N]`` of ``x`` and ``weight``, and the output converter's packed saturation mask.
 
@@ -588,10 +609,12 @@ def matmul(
         out_bound: Output converter's bound in units of ``r * bound_wmax``; ``<= 0`` is off.
         bound_wmax: ``[S, N]`` or ``[S, 1]``.
         out_res: Output converter's number of steps or its inverse; ``<= 0`` does not round.
-        seed: int64 tensor with one element, needed for noise.
+        seed: int64 tensor with one element, needed for noise and for stochastic rounding.
         weight_wmax: Scale of an int8 weight, ``[S, N]`` or ``[S, 1]``.
         weight_res: Number of states of an int8 weight (at most 254) or its inverse.
         needs_mask: Whether to write the mask; without it there is no backward through a bound.
+        inp_noise: Input noise behind the input converter, in units of the range; 0 is off. Not with an int8 weight.
+        inp_sto_round: The input converter rounds up with the probability of the fraction; needs ``inp_res``.
 
     Returns:
         ``y [M, N]`` in the dtype of ``x``, and int32 ``[S, ceil(N / 128), M, 4]``, a bit for every product that saturated
@@ -606,10 +629,14 @@ def matmul(
     check.together("x", x, input_range=input_range)
     if weight.dtype == torch.int8:
         check.int8_weight(weight, weight_wmax, weight_res, slices, inp_res)
+        check.require(
+            inp_noise <= 0, lambda: f"inp_noise: got {inp_noise}, but int8 inputs are whole steps; pass a float weight"
+        )
     else:
         check.same_dtype("x", x, weight=weight)
     N = weight.shape[0]
     check.input_converter(inp_res, input_range, x)
+    check.random_input(inp_noise, inp_sto_round, inp_res, input_range, seed)
     check.bias(bias, N)
     check.output_stage(input_range, out_noise, noise_wmax, out_bound, bound_wmax, out_res, seed)
     check.wmax_shape("noise_wmax", noise_wmax, slices, N)
@@ -618,5 +645,5 @@ def matmul(
     check.together("x", x, weight_wmax=weight_wmax)
     return _matmul(
         x, weight, bias, input_range, slices, float(inp_res), out_noise, noise_wmax, out_bound, bound_wmax, float(out_res),
-        seed, weight_wmax, float(weight_res), needs_mask,
+        seed, weight_wmax, float(weight_res), needs_mask, inp_noise, inp_sto_round,
     )  # fmt: skip

@@ -32,17 +32,24 @@ def launch_matmul_backward(
     inp_res: float,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
     static = input_range if input_range is not None and input_range.ndim == 1 else None
-    needs_steps = static is not None and inp_res > 0
+    is_random = inp_noise > 0 or (
+        inp_sto_round and x.dtype != torch.int8
+    )  # then the converter's own pass draws it again
+    needs_steps = static is not None and inp_res > 0 and not is_random
     dgrad = MatmulDgrad(
         grad, weight, x, clipped, static, slices, decay, input_min_percentage, fast_mode, inp_res, needs_steps
     )  # fmt: skip
     converted = needs_steps or x.dtype == torch.int8
     wgrad = MatmulWgrad(
-        grad, dgrad.steps if needs_steps else x, input_range, slices, inp_res, dtype, converted, bias_dtype
+        grad, dgrad.steps if needs_steps else x, input_range, slices, inp_res, dtype, converted, bias_dtype,
+        None, inp_noise, inp_sto_round, seed,
     )  # fmt: skip
     each_passed(grad, mask, slices, dgrad.launch, wgrad.launch)
     return dgrad.dx, dgrad.range_grad(), wgrad.dw, wgrad.dbias
@@ -84,6 +91,9 @@ def matmul_backward(
     inp_res: float = -1.0,
     dtype: torch.dtype | None = None,
     bias_dtype: torch.dtype | None = None,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`triton_analog.ops.matmul` in ``x [M, K]``, a static ``input_range [S]``, the weight ``[N, K]`` and the
     bias ``[N]``: those of :func:`triton_analog.ops.matmul_dgrad` and :func:`triton_analog.ops.matmul_wgrad`, with the
@@ -104,6 +114,7 @@ def matmul_backward(
         inp_res: The input converter's resolution, as in the forward.
         dtype: Of the weight's gradient; default that of ``grad``.
         bias_dtype: Of the bias's gradient; None leaves it out (no elements).
+        inp_noise, inp_sto_round, seed: As in the forward.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
@@ -112,9 +123,10 @@ def matmul_backward(
     check.product_grad(grad, x, weight.shape[0], slices, mask)
     check.same_dtype("grad", grad, weight=weight)
     check.range_kind(input_range, slices, x.shape[0])
-    check.together("x", x, input_range=input_range)
+    check.together("x", x, input_range=input_range, seed=seed)
     check.range_rule(decay, input_min_percentage)
     check.input_converter(inp_res, input_range, grad)
+    check.random_input(inp_noise, inp_sto_round, inp_res, input_range, seed)
     if input_range is not None and input_range.ndim == 1:
         check.clip_bits(x, clipped)
     check.require(
@@ -123,5 +135,5 @@ def matmul_backward(
     )
     return _matmul_backward(
         grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, float(inp_res),
-        dtype or grad.dtype, bias_dtype,
+        dtype or grad.dtype, bias_dtype, inp_noise, inp_sto_round, seed,
     )  # fmt: skip

@@ -153,17 +153,21 @@ class MatmulWgrad:
         converted: bool = False,
         bias_dtype: torch.dtype | None = None,
         config: MatmulWgradConfig | None = None,
+        inp_noise: float = 0.0,
+        inp_sto_round: bool = False,
+        seed: Tensor | None = None,
     ) -> None:
         (M, K), N = x.shape, grad.shape[1]
         self.q_max = half_steps(inp_res)
         static = input_range is not None and input_range.ndim == 1
-        if input_range is not None and not (converted and static and x.dtype == grad.dtype):
-            if converted and static:
+        if input_range is not None and not (converted and static and x.dtype == grad.dtype and inp_noise <= 0):
+            if converted and static and inp_noise <= 0:
                 x = x.to(grad.dtype)
             else:  # the step of a dynamic range differs from row to row, so it cannot wait for the end
                 x = launch_dac(
-                    x, input_range, slices, inp_res, dtype=grad.dtype, values=not static, converted=converted
-                )
+                    x, input_range, slices, inp_res, dtype=grad.dtype, values=not static, converted=converted,
+                    inp_noise=inp_noise, inp_sto_round=inp_sto_round, seed=seed,
+                )  # fmt: skip
         self.grad, self.x, self.slices = grad, x, slices
         self.scales = static and self.q_max > 0
         self.input_range = None if input_range is None else input_range.contiguous()
@@ -200,11 +204,16 @@ def launch_matmul_wgrad(
     dtype: torch.dtype,
     converted: bool = False,
     bias_dtype: torch.dtype | None = None,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
     config: MatmulWgradConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
-    wgrad = MatmulWgrad(grad, x, input_range, slices, inp_res, dtype, converted, bias_dtype, config)
+    wgrad = MatmulWgrad(
+        grad, x, input_range, slices, inp_res, dtype, converted, bias_dtype, config, inp_noise, inp_sto_round, seed
+    )  # fmt: skip
     each_passed(grad, mask, slices, wgrad.launch)
     return wgrad.dw, wgrad.dbias
 
@@ -228,6 +237,9 @@ def matmul_wgrad(
     dtype: torch.dtype | None = None,
     converted: bool = False,
     bias_dtype: torch.dtype | None = None,
+    inp_noise: float = 0.0,
+    inp_sto_round: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`triton_analog.ops.matmul` in its weight, ``[N, K]``, and bias, ``[N]``, accumulated in fp32.
 
@@ -242,6 +254,7 @@ def matmul_wgrad(
         converted: ``x`` holds numbers of steps: those of :func:`triton_analog.ops.matmul_dgrad` in the dtype of ``grad``, or
             of :func:`triton_analog.ops.dac_steps` in int8.
         bias_dtype: Of the bias's gradient; None leaves it out (no elements).
+        inp_noise, inp_sto_round, seed: As in the forward. Steps that are ``converted`` are rounded already, and without noise.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
@@ -251,10 +264,14 @@ def matmul_wgrad(
     check.matrix("grad", grad)
     check.product_grad(grad, x, grad.shape[1], slices, mask)
     check.range_kind(input_range, slices, x.shape[0])
-    check.together("x", x, input_range=input_range)
+    check.together("x", x, input_range=input_range, seed=seed)
     check.input_converter(inp_res, input_range, grad)
+    check.random_input(inp_noise, inp_sto_round, inp_res, input_range, seed)
     check.require(
         not converted or inp_res > 0,
         lambda: f"converted: x holds steps, but inp_res is {inp_res}; give the converter's resolution",
     )
-    return _matmul_wgrad(grad, x, input_range, slices, mask, float(inp_res), dtype or grad.dtype, converted, bias_dtype)
+    return _matmul_wgrad(
+        grad, x, input_range, slices, mask, float(inp_res), dtype or grad.dtype, converted, bias_dtype, inp_noise,
+        inp_sto_round, seed,
+    )  # fmt: skip

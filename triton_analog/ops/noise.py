@@ -80,7 +80,8 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
         seed: int64 tensor with one element; it stays on its device.
         rows: Number of rows, at most 2**33.
         cols: Number of columns, at most 2**34.
-        stream: Independent stream in ``0 .. 2**32 - 1``; 0 is the library's weight noise, 1 its output noise.
+        stream: Independent stream in ``0 .. 2**32 - 1``; 0 is the library's weight noise, 1 its output noise, and from
+            ``2**30 - 2`` on are its other fields.
         plane: Independent field within the stream, in ``0 .. 2**31 - 1``; output noise uses the slice.
 
     Raises:

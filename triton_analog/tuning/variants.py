@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,7 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
     steps, w8 = meta(M, K, dtype=torch.int8), meta(N, K, dtype=torch.int8)
     clipped = meta(2, M, K // 8, dtype=torch.uint8)
     off = (0.0, None, 0.0, None, -1.0, None)
+    random: dict[str, Any] = {"inp_noise": 0.02, "inp_sto_round": True, "seed": seed}
 
     return {
         "absmax": [("plain", lambda: launch_absmax(w, S))],
@@ -96,7 +98,9 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
         "dac": [
             ("static", lambda: launch_dac(x, static, S, 254.0)),
             ("dynamic", lambda: launch_dac(x, dynamic, S, 254.0)),
+            ("random", lambda: launch_dac(x, static, S, 254.0, **random)),
             ("steps", lambda: launch_dac_steps(x, static, S, 254.0)),
+            ("random steps", lambda: launch_dac_steps(x, static, S, 254.0, True, seed)),
         ],
         "input_range": [
             ("grad", lambda: launch_input_range_grad(x, x, static, S, 0.01, 0.95, False)),
@@ -114,6 +118,7 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
                 lambda: launch_matmul(x, w, bias, dynamic, S, 254.0, 0.04, wmax, 10.0, wmax, 254.0, seed),
             ),
             ("dynamic+noise", lambda: launch_matmul(x, w, bias, dynamic, S, 254.0, 0.04, wmax, 0.0, None, -1.0, seed)),
+            ("random+adc", lambda: launch_matmul(x, w, bias, static, S, 254.0, 0.0, None, 10.0, wmax, 254.0, **random)),
             ("int8", lambda: launch_matmul(x, w8, bias, static, S, 254.0, *off, wmax, 254.0)),
             (
                 "int8+adc",

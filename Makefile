@@ -30,7 +30,7 @@ test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and trai
 		tests/test_peft.py tests/test_accelerate.py tests/test_noise_models.py
 
 test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs a C++ compiler)
-	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/test_deepspeed.py
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/test_deepspeed.py tests/test_deepspeed_ranges.py
 
 test-models: .venv/models  ## convert, run, save and export SmolLM2 and MiniLM (downloads 180 MB; some minutes)
 	.venv/bin/python -m pytest -s tests/test_real_models.py

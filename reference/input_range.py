@@ -82,15 +82,21 @@ def input_range_update_fast(
 def input_range_grad_slice(
     grad: Tensor, x: Tensor, r: Tensor, decay: float, input_min_percentage: float, fast_mode: bool
 ) -> Tensor:
-    """Gradient of one slice's (signed) range from ``grad``, that of the clamped input, before the clip mask."""
+    """Gradient of one slice's (signed) range from ``grad``, that of the clamped input, before the clip mask.
+
+    With a negative ``decay`` there is none, and two numbers follow that decide about it: how many inputs do not clip, and how
+    many there are.
+    """
     above, below = x >= r.abs(), x <= -r.abs()
     if fast_mode:
         widen = torch.where(above, grad, 0.0).sum() - torch.where(below, grad, 0.0).sum()
         return torch.where(r < 0, -widen, widen)
     widen = torch.where(above, grad.clamp(max=0), 0.0).sum() - torch.where(below, grad.clamp(min=0), 0.0).sum()
+    inside = (x.abs() < r.abs()).sum()
+    if decay < 0:
+        return torch.stack([r * widen, inside.to(r.dtype), torch.full_like(widen, x.numel())])
     if decay > 0:
-        inside = (x.abs() < r.abs()).sum() / x.numel()
-        widen = widen + decay * (inside > input_min_percentage)
+        widen = widen + decay * (inside / x.numel() > input_min_percentage)
     return r * widen
 
 

@@ -39,7 +39,8 @@ def matmul_dgrad(
     input as numbers of steps ``[M, K]``.
 
     ``input_range`` is None where nothing clips (no range, or a dynamic one); its gradient is then empty. ``x`` is as it was
-    in the forward, or int8 with the ``clipped`` flags of :func:`dac_steps`.
+    in the forward, or int8 with the ``clipped`` flags of :func:`dac_steps`. A negative ``decay`` gives ``[3, S]`` in place of
+    the gradient, as :func:`input_range_grad_slice` does.
     """
     g = wide(grad)
     steps = x.to(grad.dtype) if needs_steps else grad.new_empty(0, x.shape[1])
@@ -60,5 +61,7 @@ def matmul_dgrad(
             r = input_range[s].to(x_s.dtype)
             range_grads.append(input_range_grad_slice(dx, x_s, r, decay, input_min_percentage, fast_mode))
             dx.copy_(torch.where(x_s.abs() <= r.abs(), dx, 0.0))
-    dr = torch.stack(range_grads).to(input_range.dtype) if input_range is not None else g.new_empty(0)
+    dr = torch.stack(range_grads, dim=-1) if input_range is not None else g.new_empty(0)
+    if input_range is not None and decay >= 0:
+        dr = dr.to(input_range.dtype)
     return out.to(grad.dtype), dr, steps

@@ -22,6 +22,7 @@ from triton_analog.config import WeightClipType, WeightNoiseInjectionType, Weigh
 from triton_analog.functional import analog_linear
 from triton_analog.launch import plan
 from triton_analog.nn import AnalogConv1d, AnalogLinear
+from triton_analog.optim import before_step
 
 ROWS, FEATURES, OUTPUTS, TILE = 6, 24, 8, 12
 
@@ -51,7 +52,7 @@ def _as_in_a_new_process() -> Iterator[None]:
 
 
 def outcome(layer: nn.Module, x: Tensor) -> list[Tensor | None]:
-    """Output and gradients, of noise that is always the same."""
+    """Output and gradients, as a step has them, of noise that is always the same."""
     torch.manual_seed(7)
     for parameter in layer.parameters():
         parameter.grad = None
@@ -59,6 +60,7 @@ def outcome(layer: nn.Module, x: Tensor) -> list[Tensor | None]:
     y = layer(x)
     if y.requires_grad:
         y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype))
+        before_step(layer)
     return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
 
 

@@ -86,7 +86,7 @@ def test_a_step_makes_few_calls_and_as_many_each_time(phase, phases):
     assert sum(first) <= MOST[phase], "more work for the host in every step; python -m bench run --suite host"
 
 
-@pytest.mark.parametrize(("phase", "most"), [("forward and backward", 9), ("forward", 4), ("evaluation", 2)])
+@pytest.mark.parametrize(("phase", "most"), [("forward and backward", 10), ("forward", 4), ("evaluation", 2)])
 def test_memory_that_only_kernels_see_is_allocated_at_once(phase, most, phases):
     first, second = phases[phase]["allocations"]
     assert first == second <= most

@@ -29,6 +29,7 @@ from triton_analog.config import (
 )
 from triton_analog.functional import analog_linear
 from triton_analog.nn import AnalogConv1d, AnalogConv2d, AnalogConv3d, AnalogLinear, AnalogSequential
+from triton_analog.optim import before_step
 
 SIZE = (7, 6, 5)
 ANALOG = {1: AnalogConv1d, 2: AnalogConv2d, 3: AnalogConv3d}
@@ -291,6 +292,8 @@ def test_it_is_the_linear_layer_of_its_patches_with_everything_on(rank: int, kin
         y.square().sum().backward()
         expected.square().sum().backward()
         torch.testing.assert_close(own.grad, others.grad)
+        for one in (layer, linear):
+            before_step(one)  # which adds the decay
         assert_same_gradients(layer, linear)
         for buffer, other in zip(layer.buffers(), linear.buffers(), strict=True):
             torch.testing.assert_close(buffer, other)

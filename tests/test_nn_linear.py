@@ -177,7 +177,8 @@ def test_a_stored_range_is_a_parameter_with_an_integer_counter() -> None:
     assert torch.equal(layer.input_range, torch.full((3,), 2.0, dtype=torch.bfloat16))
     assert isinstance(layer.input_range, nn.Parameter)
     assert dict(layer.named_buffers()).keys() == {
-        *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
+        *("input_range_update_idx", "x_min", "x_max", "input_range_residual", "input_range_shift"),
+        "input_range_shift_rest",
     }
     assert "input_range_residual" not in layer.state_dict()
     assert not layer.input_range_update_idx.is_floating_point()

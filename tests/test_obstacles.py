@@ -38,11 +38,6 @@ def of_integers(layer: nn.Linear) -> nn.Module:
     return layer
 
 
-def of_zero_three(layer: nn.Linear) -> nn.Module:
-    layer.weight.ds_id = 3
-    return layer
-
-
 class Linear4bit(nn.Linear):
     __module__ = "bitsandbytes.nn.modules"
 
@@ -79,11 +74,6 @@ CASES = {
         "it is sharded by fully_shard",
         "Convert the model first, and shard the analog one",
     ),
-    "ZeRO-3": (
-        of_zero_three,
-        "its weight is partitioned by DeepSpeed's ZeRO stage 3",
-        "Convert the model first, and hand DeepSpeed",
-    ),
     "scripted": (torch.jit.script, "it is a TorchScript module", "Convert the model first, and script or trace"),
     "compiled": (torch.compile, "this OptimizedModule is compiled", "Convert the model first, and compile"),
     "subclass": (lambda layer: Own(4, 4), "Own is a subclass", "Add their classes to conversion_map"),
@@ -110,6 +100,17 @@ def test_the_remedy_fits_the_reason(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert_to_analog(model, TorchInferenceRPUConfig(), exclude_modules=["odd"], inplace=True)
+
+
+def test_what_is_partitioned_already_is_refused_with_the_order() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.ds_id = 3
+    with pytest.raises(ValueError, match=r"module: 1 is sharded already .* order is: .* convert_to_analog, tensor"):
+        convert_to_analog(model, TorchInferenceRPUConfig())
+    assert type(model[0]) is nn.Linear
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(convert_to_analog(model, TorchInferenceRPUConfig(), exclude_modules=["1"])[0]) is AnalogLinear
 
 
 def test_each_remedy_is_said_once() -> None:

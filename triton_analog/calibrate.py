@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.parallel import DistributedDataParallel
 
 import triton_analog.ops as ops
+from triton_analog.calls import Numbers
 from triton_analog.config import ConfigError, IOParameters, TorchInferenceRPUConfig
 from triton_analog.config.enums import SpelledEnum
 from triton_analog.hints import names_of
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.programmed import refuse_chips
+from triton_analog.nn.settings import settings
 from triton_analog.range_statistics import (
     LargestOfBatches,
     MeanOfBatches,
@@ -28,8 +30,16 @@ from triton_analog.range_statistics import (
     slice_maxima,
     slice_quantiles,
 )
+from triton_analog.samples import (
+    Layers,
+    analog_layers,
+    check_forward,
+    evaluating,
+    products_as,
+    run_batch,
+    with_progress,
+)
 
-Layers = dict[str, AnalogMatrixLayer]
 Statistics = dict[str, RangeStatistic]
 
 
@@ -79,8 +89,9 @@ def calibrate_input_ranges(
         dataloader: What a ``DataLoader`` yields: a tensor ``x``, alone or as the first in a tuple or list whose rest (labels)
             is left out, for ``model(x)``; a mapping, alone or as the first, for ``model(**mapping)``; or the pair
             ``(args, kwargs)``, a tuple or list and a mapping, for ``model(*args, **kwargs)``. With ``forward`` anything.
-            Tensors must be where the model wants them. In a process group the ranks do not share what they see: give all of
-            them the same data.
+            Tensors must be where the model wants them. In a process group every rank has its own and must call this: the
+            ranges come from what all of them see (``layer.process_group``: by default every rank,
+            :func:`triton_analog.distributed.set_parallel` chooses others), so that they end alike.
         quantile: For the ``*_QUANTILE`` kinds, in ``0 < quantile <= 1``.
         max_samples: Rows that ``CACHE_QUANTILE`` keeps per layer, ``>= 1``: all rows, or so many drawn with torch's
             generator of their device.
@@ -94,29 +105,36 @@ def calibrate_input_ranges(
             nothing through; layers with a dynamic range; layers that no data but zeros reached.
 
     Raises:
-        ConfigError: every layer has a dynamic range, a config is not valid, or ``calibration_type`` is NONE.
+        ConfigError: every layer has a dynamic range, a config is not valid, ``calibration_type`` is NONE, or a layer stores no
+            range yet and what shards or wraps the model could not know one.
         TypeError: ``model``, ``calibration_type``, ``forward`` or what ``dataloader`` yields is something else.
         ValueError: no analog layer, a number outside the above, no data but zeros for any layer, inputs that are inf or NaN,
             or a range that the dtype of a layer cannot hold.
     """
     _check_arguments(calibration_type, quantile, max_samples, std_alpha, forward)
-    every_layer = _analog_layers(model)
+    every_layer = analog_layers(model)
+    refuse_chips(model, "calibration")
     layers = {name: layer for name, layer in every_layer.items() if not layer.rpu_config.pre_post.input_range.dynamic}
     _check_any_static(every_layer, layers)
     configs = {name: _ranged_config(name, layer.rpu_config) for name, layer in layers.items()}
+    _check_parameters(model, layers, configs)
     statistics = {
         name: _statistic(layer, calibration_type, quantile, max_samples, std_alpha, signed)
         for name, layer in layers.items()
     }
-    run = _run if forward is None else forward
+    run = partial(run_batch, argument="dataloader") if forward is None else forward
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        _evaluating(model),
+        evaluating(model),
         _observed(every_layer, statistics),
     ):
-        for batch in _with_progress(dataloader) if verbose else dataloader:
+        for batch in with_progress(dataloader, "calibrating input ranges") if verbose else dataloader:
             run(model, batch)
+    for name, layer in layers.items():
+        group = layer._statistics_group()
+        if group is not None:
+            statistics[name].merge(group, layer.weight.device)
     ranges = _found_ranges(layers, statistics)
     _warn_of_others(every_layer, layers, ranges)
     for name, found in ranges.items():
@@ -139,20 +157,7 @@ def _check_arguments(kind: Any, quantile: float, max_samples: int, std_alpha: fl
         raise ValueError(f"max_samples: got {max_samples}; at least 1 row is needed, such as 1000")
     if std_alpha is not None and not std_alpha > 0:
         raise ValueError(f"std_alpha: got {std_alpha}; must be > 0, or None for init_std_alpha of the config")
-    if forward is not None and not callable(forward):
-        raise TypeError(f"forward: got {forward!r}; a function forward(model, batch) is needed")
-
-
-def _analog_layers(model: Any) -> Layers:
-    """The analog layers of ``model`` by name, each once."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module with analog layers is needed")
-    modules = {name or type(module).__name__: module for name, module in model.named_modules()}
-    layers = {name: module for name, module in modules.items() if isinstance(module, AnalogMatrixLayer)}
-    if not layers:
-        raise ValueError("model: it has no analog layer; convert it with convert_to_analog first")
-    refuse_chips(model, "calibration")
-    return layers
+    check_forward(forward)
 
 
 def _check_any_static(every_layer: Layers, layers: Layers) -> None:
@@ -172,6 +177,16 @@ def _ranged_config(name: str, config: TorchInferenceRPUConfig) -> TorchInference
     except ConfigError as error:
         raise ConfigError(f"layer {name}: {error}") from None
     return config
+
+
+def _check_parameters(model: nn.Module, layers: Layers, configs: dict[str, TorchInferenceRPUConfig]) -> None:
+    """No range must be added where something around the model has counted its parameters."""
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    for name, layer in layers.items():
+        try:
+            layer._refuse_other_parameters(configs[name], wrapped)
+        except ConfigError as error:
+            raise ConfigError(f"layer {name}: {error}") from None
 
 
 # ---- Running the model ----------------------------------------------------------------------------------------------------
@@ -200,44 +215,27 @@ def _statistic(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module of ``model`` is in evaluation mode while it lasts, and then in the one that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def _observed(layers: Layers, statistics: Statistics) -> Iterator[None]:
-    """While it lasts, the layers hand what they multiply to their statistic (if any), and run without range and converters.
-
-    Every kind of layer multiplies in ``analog_matmul``, which recurrent ones call several times per forward. So that method
-    is hidden by an attribute of the same name; the hooks of the user are left alone.
-    """
-    before = {name: (layer.rpu_config, layer.input_range) for name, layer in layers.items()}
+    """While it lasts, the layers hand what they multiply to their statistic (if any), and run without range and converters. The
+    parameters are left alone, as a sharding library may manage them."""
+    observers = [(layers[name], partial(_observe, name, layers[name], found)) for name, found in statistics.items()]
     try:
-        for name, layer in layers.items():
-            layer.rpu_config = _without_range(layer.rpu_config)
-            layer.input_range = None
-            if name in statistics:
-                layer.__dict__["analog_matmul"] = partial(_observe, name, layer, statistics[name])
-        yield
+        for layer in layers.values():
+            vars(layer)["_matmul"] = partial(layer.matmul_without_range, _without_range(layer))
+        with products_as(observers):
+            yield
     finally:
-        for name, layer in layers.items():
-            layer.__dict__.pop("analog_matmul", None)
-            layer.rpu_config, layer.input_range = before[name]
+        for layer in layers.values():
+            vars(layer).pop("_matmul", None)
 
 
-def _without_range(config: TorchInferenceRPUConfig) -> TorchInferenceRPUConfig:
-    config = copy.deepcopy(config)
+def _without_range(layer: AnalogMatrixLayer) -> Numbers:
+    """What ``layer`` computes in evaluation, but for range and converters."""
+    layer._numbers()  # checks the config
+    config = copy.deepcopy(layer.rpu_config)
     config.forward = IOParameters()
     config.pre_post.input_range.enable = False
-    return config
+    return Numbers(**settings(config), training=False, groups=layer.groups, patches=layer.patches)
 
 
 def _observe(name: str, layer: AnalogMatrixLayer, statistic: RangeStatistic, x: Tensor, *shared: Any) -> Tensor:
@@ -252,47 +250,6 @@ def _observe(name: str, layer: AnalogMatrixLayer, statistic: RangeStatistic, x: 
     if used.any():
         statistic.add(rows if used.all() else rows[used])
     return y
-
-
-def _with_progress(dataloader: Iterable[Any]) -> Iterable[Any]:
-    """``dataloader`` with a progress bar, or as it is where there is none to show."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return dataloader
-    return tqdm(dataloader, desc="calibrating input ranges", unit="batch")
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    """Hand ``model`` what it takes of a batch."""
-    match batch:
-        case PackedSequence():
-            model(batch)
-        case [tuple() | list() as args, Mapping() as kwargs]:
-            model(*args, **kwargs)
-        case [Tensor(), Mapping()]:
-            raise _no_batch(batch)  # keyword arguments, or labels
-        case Tensor() as x:
-            model(x)
-        case [Tensor() as x, *_]:
-            model(x)
-        case Mapping() as kwargs:
-            model(**kwargs)
-        case [Mapping() as kwargs, *_]:
-            model(**kwargs)
-        case _:
-            raise _no_batch(batch)
-
-
-def _no_batch(batch: Any) -> TypeError:
-    given = type(batch).__name__
-    if isinstance(batch, tuple | list):
-        given += f" of {', '.join(type(part).__name__ for part in batch)}"
-    return TypeError(
-        f"dataloader: got a batch that is a {given}; allowed are a tensor or a mapping of keyword arguments, alone or as the "
-        "first in a tuple or list (with labels), and (args, kwargs), such as ((x,), {}); for anything else give "
-        "forward=lambda model, batch: model(...)"
-    )
 
 
 # ---- Storing the ranges ---------------------------------------------------------------------------------------------------
@@ -338,7 +295,8 @@ def _storable(name: str, layer: AnalogMatrixLayer, ranges: Tensor) -> Tensor:
     if layer.input_range is None:
         old = layer.weight.new_full(ranges.shape, layer.rpu_config.pre_post.input_range.init_value)
     else:
-        old = layer.input_range.detach()
+        with layer.whole("input_range"):
+            old = layer.input_range.detach()
     ranges = ranges.to(old)
     if not ranges.isfinite().all():
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from triton_analog.ops._operator import composite
 from triton_analog.ops._transforms import Gradient, is_transforming, needs_gradient
 from triton_analog.ops.linear import linear_backward, linear_forward
 from triton_analog.reference import Patches, num_slices
+from triton_analog.seeds import mix_rank
 
 Kind = Literal["none", "per_tensor", "per_channel"]
 SaveInput = Literal["full", "int8"]
@@ -104,16 +105,19 @@ class _Settings(NamedTuple):
     draws_weight: bool
     forward: _Forward
     backward: _Backward
+    tallied: _Backward
+    """With a tally, which leaves the range's decay to who adds tallies up."""
 
 
 class _AnalogLinear(Gradient):
-    """Of the tensors of :func:`linear` and their settings. Gives what :func:`linear_forward` gives, the output first."""
+    """Of the tensors of :func:`linear`, the tally last, and their settings. Gives what :func:`linear_forward` gives, the output
+    first."""
 
     NAME = "analog_linear"
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, settings = args
+        *tensors, _, settings = args
         return tuple(linear_forward(*tensors, *settings.forward, True))
 
     @staticmethod
@@ -134,6 +138,9 @@ class _AnalogLinear(Gradient):
         found = iter(gradients)
         dx = next(found) if needs_input else None
         drange = next(found) if needs_input and ranges is not None and ranges.ndim == 1 else None
+        tally = None
+        if drange is not None and drange.ndim == 2:
+            drange, tally = drange[0], drange[1:]
         dw = next(found) if needs_matrix else None
         dbias = next(found) if bias_dtype is not None else None
         dclip = next(found, None)
@@ -143,7 +150,9 @@ class _AnalogLinear(Gradient):
             dbias,
             drange if needs_range else None,
             dclip if needs_clip else None,
-            *(None,) * 5,
+            *(None,) * 4,
+            tally,
+            None,
         )
 
 
@@ -152,7 +161,7 @@ class _EagerAnalogLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *tensors, settings = args
+        *tensors, _, settings = args
         y, *kept = linear_forward(*tensors, *settings.forward, True)
         _remember(ctx, args, kept)
         return y
@@ -163,9 +172,9 @@ class _EagerAnalogLinear(torch.autograd.Function):
 
 def _remember(ctx: Any, args: Sequence[Any], kept: Sequence[Tensor]) -> None:
     """Keep what the backward needs of the arguments and of what the forward made beside its output."""
-    x, weight, bias, input_range, clip, seed, weight_seed, tile_weight, _, settings = args
+    x, weight, bias, input_range, clip, seed, weight_seed, tile_weight, _, tally, settings = args
     kept, numbers = list(kept), settings.forward
-    ctx.numbers = settings.backward
+    ctx.numbers = settings.backward if tally is None else settings.tallied
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.input_shape = x.shape
     mask = kept.pop(0) if numbers.out_bound > 0 else None
@@ -194,9 +203,10 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
 def draw_seed(device: torch.device | str) -> Tensor:
     """A fresh 63-bit seed on ``device``, from torch's default generator of that device: int64 ``[1]``.
 
-    ``torch.manual_seed``, CUDA graphs and activation checkpointing govern it as they do dropout.
+    ``torch.manual_seed``, CUDA graphs and activation checkpointing govern it as they do dropout. Data-parallel ranks that are
+    seeded alike draw different ones (:func:`triton_analog.seeds.set_noise_rank`).
     """
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return mix_rank(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device))
 
 
 def input_dtype(x: Tensor) -> torch.dtype:
@@ -318,6 +328,10 @@ def _checked(
         out_noise, weight_noise = 0.0, "none"
     inp_sto_round = inp_sto_round and inp_res > 0
     packed = None if patches is None else patches.numbers()
+    backward = _Backward(
+        slices, float(inp_res), float(inp_noise), inp_sto_round, weight_quantization, float(weight_res), weight_noise,
+        float(weight_noise_std), float(range_decay), float(input_min_percentage), fast_mode, packed,
+    )  # fmt: skip
     return _Settings(
         dtype,
         draws_signals=numbers.draws_signals,
@@ -327,10 +341,8 @@ def _checked(
             out_noise_per_channel, float(out_bound), out_bound_per_channel, float(out_res), weight_quantization,
             float(weight_res), weight_noise, float(weight_noise_std), save_input, packed,
         ),
-        backward=_Backward(
-            slices, float(inp_res), float(inp_noise), inp_sto_round, weight_quantization, float(weight_res), weight_noise,
-            float(weight_noise_std), float(range_decay), float(input_min_percentage), fast_mode, packed,
-        ),
+        backward=backward,
+        tallied=backward._replace(decay=-1.0),
     )  # fmt: skip
 
 
@@ -371,18 +383,40 @@ def linear(
     tile_weight: Tensor | None,
     tile_wmax: Tensor | None,
     numbers: Numbers,
+    range_tally: Tensor | None = None,
 ) -> Tensor:
-    """:func:`triton_analog.functional.analog_linear`, of arguments that were sorted before."""
-    tensors = x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax
+    """:func:`triton_analog.functional.analog_linear`, of arguments that were sorted before.
+
+    With ``range_tally [2, groups * S]``, whose values do not matter, the range's gradient is without its decay. The gradient of
+    the tally is how many inputs did not clip, and how many there were. (Under a transform of ``torch.func`` it has none.)
+    """
+    tensors = x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax, range_tally
     if torch.compiler.is_compiling():  # then one call is traced, and none of the checks
         *others, patches = numbers
-        return _traced(*tensors, *others, None if patches is None else patches.numbers())
+        return _traced(*tensors[:9], *others, None if patches is None else patches.numbers(), range_tally)
     return _linear(tensors, numbers)
 
 
-def _linear(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
-    settings = _settings_of(tensors, numbers)
-    x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax = tensors
+def linear_and_masks(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """What :func:`linear` gives, without a gradient, and for every group its ADC's mask of saturated products (see
+    :func:`triton_analog.ops.matmul`); no masks without a bound."""
+    *tensors, numbers = arguments[:10]
+    masks: list[Tensor] = []
+
+    def product(settings: _Settings, *tensors: Any) -> Tensor:
+        y, *kept = linear_forward(*tensors[:9], *settings.forward, True)
+        if settings.forward.out_bound > 0:
+            masks.append(kept[0])
+        return y
+
+    return _linear((*tensors, None), numbers, product), masks
+
+
+def _linear(tensors: tuple[Any, ...], numbers: Numbers, product: Callable[..., Tensor] | None = None) -> Tensor:
+    product = product or _product
+    *others, tally = tensors
+    settings = _settings_of(tensors[:9], numbers)
+    x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax = others
     groups, patches = numbers.groups, numbers.patches
     if x.dtype != settings.dtype:
         x = x.to(settings.dtype)
@@ -392,14 +426,16 @@ def _linear(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
         weight_seed = seed
     rows = x if patches is not None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if groups == 1:
-        y = _product(settings, rows, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax)
+        y = product(
+            settings, rows, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax, tally
+        )
     else:
         parts = zip(
             parts_of(rows, groups, 1), parts_of(weight, groups), parts_of(bias, groups), parts_of(input_range, groups),
             parts_of(weight_clip, groups, 1), seeds_of(seed, groups), seeds_of(weight_seed, groups),
-            parts_of(tile_weight, groups), parts_of(tile_wmax, groups, 1), strict=True,
+            parts_of(tile_weight, groups), parts_of(tile_wmax, groups, 1), parts_of(tally, groups, 1), strict=True,
         )  # fmt: skip
-        y = torch.cat([_product(settings, *part) for part in parts], -1)
+        y = torch.cat([product(settings, *part) for part in parts], -1)
     if patches is not None:
         return y.reshape(x.shape[0], *patches.places(x.shape), weight.shape[0])
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
@@ -408,16 +444,18 @@ def _linear(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
 def _product(settings: _Settings, *tensors: Any) -> Tensor:
     if is_transforming():
         if needs_gradient(tensors[:5]):
-            return _AnalogLinear.apply(*tensors, settings)[0]
+            *others, tally = tensors
+            return _AnalogLinear.apply(*others, None if tally is None else tally.detach(), settings)[0]
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:5]):
         return _EagerAnalogLinear.apply(*tensors, settings)
-    return linear_forward(*tensors, *settings.forward, False)[0]
+    return linear_forward(*tensors[:-1], *settings.forward, False)[0]
 
 
 def _from_operator(*arguments: Any) -> Tensor:
-    *others, patches = arguments[9:]
+    *others, patches = arguments[9 : 9 + len(Numbers._fields)]
     numbers = Numbers(*others, None if patches is None else Patches.of(patches))  # type: ignore[call-arg]
-    return _linear(arguments[:9], numbers)
+    tally = arguments[-1] if len(arguments) > 9 + len(Numbers._fields) else None
+    return _linear((*arguments[:9], tally), numbers)
 
 
 _traced = composite(

@@ -25,6 +25,7 @@ from triton_analog.nn.experts import experts_in
 from triton_analog.nn.hf_conv1d import AnalogHFConv1D
 from triton_analog.nn.linear import AnalogLinear
 from triton_analog.nn.outside import note_layers
+from triton_analog.nn.parts import is_managed, refuse_parts
 from triton_analog.nn.programmed import refuse_chips
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.settings import check_config
@@ -145,7 +146,7 @@ def convert_to_analog(
 
     Raises:
         ConfigError: a config is not valid.
-        ValueError: ``exclude_modules`` holds a name that is not in the model.
+        ValueError: ``exclude_modules`` holds a name that is not in the model, or a layer to convert is sharded already.
         TypeError: an argument of another type, or a root whose own methods an :class:`AnalogWrapper` would hide.
     """
     if not isinstance(module, nn.Module):
@@ -154,6 +155,9 @@ def convert_to_analog(
         raise TypeError(f"module: got {type(module).__name__}; {remedy}")
     check_config(rpu_config)
     refuse_chips(module, "a conversion")
+    classes = default_conversion_map(module) if conversion_map is None else conversion_map
+    _check_map(classes)
+    _refuse_sharded(module, module_name, classes, _find_excluded(module, module_name, exclude_modules))
     around = obstacle_around(module)
     if around is not None:
         name = module_name or "(root)"
@@ -163,8 +167,6 @@ def convert_to_analog(
         return module
     if not inplace:
         module = copy.deepcopy(module)
-    classes = default_conversion_map(module) if conversion_map is None else conversion_map
-    _check_map(classes)
     excluded = _find_excluded(module, module_name, exclude_modules)
     adapters = adapter_modules(module)
     layers, left = select(module, module_name, classes, excluded)
@@ -221,6 +223,22 @@ def convert_to_analog(
     watch_first_forward(root)
     note_layers(root)
     return AnalogWrapper(root) if ensure_analog_root else root
+
+
+def _refuse_sharded(
+    module: nn.Module, module_name: str, classes: dict[type[nn.Module], Any], excluded: set[int]
+) -> None:
+    """A sharding library knows parameters as those of the layers that it has seen, and adds none later."""
+    kinds = tuple(torch_class for torch_class, analog in classes.items() if not issubclass(analog, AnalogSequential))
+    for name, layer in module.named_modules(prefix=module_name):
+        analog = isinstance(layer, AnalogLayerBase)
+        if isinstance(layer, kinds) and not analog and id(layer) not in excluded and is_managed(layer):
+            raise ValueError(
+                f"module: {name or '(root)'} is sharded already ({type(layer).__name__}), so that what has sharded it would not "
+                "know the parameters of an analog layer in its place. The order is: build the model (on the meta device if it "
+                "is large), convert_to_analog, tensor parallelism, torch.compile of the blocks, fully_shard or "
+                "deepspeed.initialize, and load the weights. If it is to stay digital, name it in exclude_modules"
+            )
 
 
 def _check_map(classes: Any) -> None:
@@ -343,6 +361,7 @@ def convert_to_digital(
     ):
         raise TypeError(f"conversion_set: got {conversion_set!r}; a set of analog classes with to_digital is needed")
     refuse_chips(module, "a conversion")
+    refuse_parts(module, "convert_to_digital")
     if not inplace:
         module = copy.deepcopy(module)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import floor
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import triton_analog.ops as ops
@@ -28,6 +30,10 @@ class RangeStatistic(ABC):
         """Take ``rows [M, K]``, of which there is at least one."""
 
     @abstractmethod
+    def merge(self, group: Any, device: torch.device) -> None:
+        """Take what the other ranks of ``group`` took, too, in fp64. All of them must come here."""
+
+    @abstractmethod
     def ranges(self) -> Tensor | None:
         """``[S]`` in fp32 (fp64 for fp64); None before the first rows."""
 
@@ -42,6 +48,10 @@ class LargestOfBatches(RangeStatistic):
     def add(self, rows: Tensor) -> None:
         found = self.estimate(rows)
         self.largest = found if self.largest is None else torch.maximum(self.largest, found)
+
+    def merge(self, group: Any, device: torch.device) -> None:
+        found = _parts(None if self.largest is None else self.largest[None], group, device)
+        self.largest = found.amax(0) if len(found) else None
 
     def ranges(self) -> Tensor | None:
         return self.largest
@@ -59,6 +69,13 @@ class MeanOfBatches(RangeStatistic):
         found = self.estimate(rows)
         self.batches += 1
         self.mean = found if self.mean is None else self.mean + (found - self.mean) / self.batches
+
+    def merge(self, group: Any, device: torch.device) -> None:
+        own = None if self.mean is None else torch.cat([self.mean, self.mean.new_tensor([self.batches])])[None]
+        found = _parts(own, group, device)
+        means, batches = found[:, :-1], found[:, -1:]
+        self.batches = int(batches.sum())
+        self.mean = (means * batches).sum(0) / self.batches if len(found) else None
 
     def ranges(self) -> Tensor | None:
         return self.mean
@@ -87,8 +104,32 @@ class RandomRows(RangeStatistic):
         kept = keys.topk(min(self.size, len(keys)), largest=False).indices
         return rows[kept], keys[kept]
 
+    def merge(self, group: Any, device: torch.device) -> None:
+        own = None if self.rows is None or self.keys is None else torch.cat([self.rows, self.keys[:, None]], 1)
+        found = _parts(own, group, device)
+        if len(found):
+            rows, self.keys = self._smallest(found[:, :-1], found[:, -1])
+            self.rows = rows if self.rows is None else rows.to(self.rows.dtype)
+
     def ranges(self) -> Tensor | None:
         return None if self.rows is None else self.estimate(self.rows)
+
+
+def _parts(own: Tensor | None, group: Any, device: torch.device) -> Tensor:
+    """What all ranks of ``group`` have, ``[P, C]`` in fp64, of ``[rows, C]`` each; None is no row. It may be empty."""
+    shape = torch.tensor([0, 0] if own is None else own.shape, device=device)
+    rows, columns = _gathered(shape, group).unbind(1)
+    padded = torch.zeros(int(rows.max()), int(columns.max()), dtype=torch.float64, device=device)
+    if own is not None:
+        padded[: len(own)] = own
+    return torch.cat([part[:count] for part, count in zip(_gathered(padded, group), rows.tolist(), strict=True)])
+
+
+def _gathered(part: Tensor, group: Any) -> Tensor:
+    """``part`` of every rank: ``[ranks, ...]``."""
+    everyone = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, part, group=group)
+    return torch.stack(everyone)
 
 
 # ---- Estimates ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.convert import convert_to_analog, default_conversion_map
 from triton_analog.nn.containers import AnalogSequential
+from triton_analog.nn.parts import is_dtensor
 from triton_analog.nn.settings import decode
 from triton_analog.summary import analog_summary
 
@@ -32,8 +33,15 @@ def restore_analog(module: nn.Module, state_dict: Mapping[str, Any], inplace: bo
     Raises:
         ConfigError: a config in ``state_dict`` cannot be read.
         RuntimeError: keys are missing or left over, or a shape differs.
-        ValueError: ``state_dict`` has no analog layers, or some that are none of ``module``'s layers.
+        ValueError: ``state_dict`` holds DTensors, has no analog layers, or some that are none of ``module``'s layers.
     """
+    cut = [key for key, value in state_dict.items() if is_dtensor(value)]
+    if cut:
+        raise ValueError(
+            f"state_dict: {cut[0]} and {len(cut) - 1} others are parts on several ranks (DTensors); take the whole of it, "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint."
+            "state_dict"
+        )
     configs = _configs(state_dict)
     if not configs:
         raise ValueError(

@@ -20,6 +20,7 @@ from triton_analog.nn import rnn_cells
 from triton_analog.nn.containers import AnalogSequential, AnalogWrapper, retype
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.outside import check_layers
+from triton_analog.nn.parts import refuse_parts
 from triton_analog.nn.programmed import refuse_chips
 from triton_analog.nn.rnn import AnalogRNN
 from triton_analog.nn.rnn_cells import AnalogRNNCellBase, AnalogVanillaRNNCell
@@ -72,6 +73,7 @@ def export_to_aihwkit(model: nn.Module, max_output_size: int = -1, *, out_noise:
     if not any(isinstance(module, AnalogMatrixLayer) for module in model.modules()):
         raise ValueError(f"model: {type(model).__name__} has no analog layers; make some with convert_to_analog")
     refuse_chips(model, "an export")
+    refuse_parts(model, "export_to_aihwkit")
     check_layers(model)
     exporter = _Exporter(max_output_size, out_noise)
     clone = copy.deepcopy(model)

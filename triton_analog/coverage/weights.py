@@ -14,6 +14,8 @@ from torch.nn.parameter import is_lazy
 from triton_analog.hints import names_of
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.parts import numbers_in, shape_of
+from triton_analog.nn.settings import UNDECAYED
 from triton_analog.surroundings.obstacles import ADD_THE_CLASS, Obstacle
 
 _TABLE = re.compile(
@@ -75,8 +77,8 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter
         for name, parameter in module._parameters.items()
-        if parameter is not None and not is_lazy(parameter) and parameter.ndim >= 2
-        if _multiplies(module, name, parameter.shape)
+        if parameter is not None and name not in UNDECAYED and not is_lazy(parameter) and len(shape_of(parameter)) >= 2
+        if _multiplies(module, name, shape_of(parameter))
     }
 
 
@@ -122,13 +124,13 @@ def measure(
     for module in converted:
         on_tiles |= {id(weight): weight for weight in own_weights(module).values()}
     quiet, seen, digital = set(silent), set(on_tiles), []
-    counted = sum(weight.numel() for weight in on_tiles.values())
+    counted = sum(map(numbers_in, on_tiles.values()))
     total = counted
 
     def count_new(weights: Iterable[Tensor]) -> int:
         new = {id(weight): weight for weight in weights if id(weight) not in seen}
         seen.update(new)
-        return sum(weight.numel() for weight in new.values())
+        return sum(map(numbers_in, new.values()))
 
     for name, module in model.named_modules(prefix=prefix):
         kind, obstacle = type(module).__name__, left.get(name)

@@ -18,6 +18,7 @@ from triton_analog.inference.compensation import COMPENSATIONS, Compensation, re
 from triton_analog.inference.noise_model import NoiseModel
 from triton_analog.nn.base import named_analog_layers
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.parts import refuse_parts
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.weight_noise import TILE_SETTINGS
 
@@ -79,14 +80,10 @@ def check_programmable(
         raise ValueError(
             f"model: this {type(model).__name__} has no analog layers; convert it first, model = convert_to_analog(model, config)"
         )
-    for name, layer in layers.items():
+    for layer in layers.values():
         if layer.programmed is not None:
             raise ValueError("model: it is on a chip already; program the model that the chip was made of")
-        if hasattr(layer.weight, "to_local"):
-            raise ValueError(
-                f"model: the weight of {name!r} is sharded ({type(layer.weight).__name__}); gather the model first, for example "
-                "from a full state dict, and program that"
-            )
+    refuse_parts(model, "program")
 
 
 class Chip(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.parts import Slot
 
 
 class AnalogExpertMatrix(AnalogMatrixLayer):
@@ -61,6 +62,17 @@ class AnalogExpertMatrix(AnalogMatrixLayer):
     @property
     def bias(self) -> Tensor | None:
         return self._part(f"{self._stack}_bias")
+
+    @property
+    def weight_name(self) -> str:
+        return self._stack
+
+    @property
+    def bias_name(self) -> str:
+        return f"{self._stack}_bias"
+
+    def parameter_slots(self) -> list[Slot]:
+        return [*super().parameter_slots(), *((self._owner, name) for name in (self.weight_name, self.bias_name))]
 
     @property
     def weight_source(self) -> nn.Parameter | None:

@@ -15,8 +15,9 @@ from triton_analog.nn.containers import AnalogContainerBase, retype
 from triton_analog.nn.derived import Derived, derived_class
 from triton_analog.nn.expert_matrix import AnalogExpertMatrix
 from triton_analog.nn.experts_layout import Layout, find_layout, has_interface, stack_of
-from triton_analog.nn.experts_names import load_stacked, save_stacked
+from triton_analog.nn.experts_names import NAMES, load_stacked, save_stacked
 from triton_analog.nn.experts_routing import BatchedExperts, ParallelExperts, Product, RoutedExperts
+from triton_analog.nn.parts import cut_for, uneven_files
 from triton_analog.ops.input_range import recomputing
 
 
@@ -98,6 +99,17 @@ class AnalogExperts(RoutedExperts, Derived, AnalogContainerBase):
 
     # ---- State --------------------------------------------------------------------------------------------------------
 
+    def __getattr__(self, name: str) -> Any:
+        """Under the names of the state dict, which some libraries look for: what each of the matrices has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            for stack in self.tiles if "tiles" in self._modules else ():
+                own = name.removesuffix(f"_{stack}")
+                if own != name and own in NAMES:
+                    return tuple(getattr(layer, own) for layer in self.tiles[stack])  # type: ignore[attr-defined]
+            raise
+
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
         """As torch's; what the matrices save is stacked."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
@@ -105,12 +117,18 @@ class AnalogExperts(RoutedExperts, Derived, AnalogContainerBase):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        uneven = uneven_files(self.parameters(), state_dict, prefix)
+        if uneven is not None:
+            args[-1].append(uneven)  # the messages of all errors
+            return
         load_stacked(self.tiles, state_dict, prefix)
+        cut_for(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         for stack, layers in self.tiles.items():
             if prefix + stack in state_dict:  # a learned clip that is not in the file starts anew
-                for layer in layers:  # type: ignore[attr-defined]
-                    layer.reset_weight_clip()
+                with layers[0].whole(stack):  # type: ignore[index]
+                    for layer in layers:  # type: ignore[attr-defined]
+                        layer.reset_weight_clip()
 
     # ---- Ranks --------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from triton_analog.seeds import mix_rank
+
 
 class Watched(Protocol):
     """A layer with weight noise that may last."""
@@ -46,7 +48,7 @@ def _start() -> None:
 
 def redraw_seeds(seeds: Tensor) -> None:
     """Fill ``seeds`` (int64) anew, from torch's default generator of their device, as single seeds would be one by one."""
-    seeds.random_(0, 2**63 - 1)
+    mix_rank(seeds.random_(0, 2**63 - 1))
 
 
 @torch.no_grad()

@@ -58,8 +58,9 @@ class AnalogHFConv1D(AnalogMatrixLayer, nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the weight normal with deviation 0.02 and the bias 0, and the analog state anew."""
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
+        with self.whole("weight", "bias", write=True, of_first=True):
+            nn.init.normal_(self.weight, std=0.02)
+            nn.init.zeros_(self.bias)
         self.reset_analog_state()
 
     @property

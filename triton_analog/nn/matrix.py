@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from triton_analog.calls import Numbers, check_input, input_dtype, linear
 from triton_analog.config import (
@@ -18,11 +20,14 @@ from triton_analog.config import (
     effects,
 )
 from triton_analog.functional import modified_weight
+from triton_analog.nn.before_step import watch
 from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
 from triton_analog.nn.one_forward import OneForward
 from triton_analog.nn.outside import complaint_of_shape
+from triton_analog.nn.parts import is_managed, refuse_flat, whole_of
 from triton_analog.nn.programmed import ProgrammedTile
+from triton_analog.nn.range_shift import SHIFTS
 from triton_analog.nn.saved_state import SavedState
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -51,7 +56,8 @@ class AnalogMatrixLayer(SavedState):
     - ``learnable_weight_clip [S, N]``: the learned clip (a parameter; its magnitude counts),
     - ``input_range_update_idx``, ``x_min``, ``x_max``, each ``[G * S]``: batches seen by the start-up of the ranges, and
       the running extreme values of its fast mode (buffers),
-    - ``input_range_residual [G * S]``: what the dtype of the ranges rounded off in the start-up (a buffer that is not saved),
+    - ``input_range_residual [G * S]``: what the dtype of the ranges rounded off in the start-up, and ``input_range_shift``: what
+      waits for the optimizer's step (:class:`RangeShift`; buffers that are not saved),
     - ``weight_noise_seed [1]``: the seed of weight noise that lasts for a step (neither buffer nor saved).
 
     ``tile_shape`` is ``(N, K)``, also while a sharding library keeps the weight in another shape. ``rpu_config`` is this
@@ -63,11 +69,13 @@ class AnalogMatrixLayer(SavedState):
     ANALOG_NAMES: ClassVar[frozenset[str]] = frozenset(
         {
             *("input_range", "learnable_weight_clip"),
-            *("input_range_update_idx", "x_min", "x_max", "input_range_residual"),
+            *("input_range_update_idx", "x_min", "x_max", "input_range_residual", *SHIFTS),
+            *("range_tally", "has_range_master", "_is_shifted", "_shifts_in_graphs", "_range_part"),
             *("rpu_config", "tile_shape", "_process_group", "_forwards_seen", "_counter_version", "_checked", "_told"),
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
-            *("_missed_config", SLOT),
-            *("_weight_version", "_changes_without_clip", "weight_noise_seed", "_kept_noise"),
+            *("_missed_config", "_knows_ranks", SLOT),
+            *("_last_seen", "_steps_without_clip"),
+            *("weight_noise_seed", "_kept_noise", "_seed_rank", "_was_gathered"),
         }
     )
     """What an instance holds beyond its torch layer, and leaves behind when it becomes digital."""
@@ -106,7 +114,8 @@ class AnalogMatrixLayer(SavedState):
             self.register_parameter(name, None)
         for name in ("input_range_update_idx", "x_min", "x_max"):
             self.register_buffer(name, None)
-        self.register_buffer("input_range_residual", None, persistent=False)
+        for name in ("input_range_residual", *SHIFTS):
+            self.register_buffer(name, None, persistent=False)
         self.__dict__["_buffers"] = BuffersWithConfig(self, self._buffers)
         self._fit_state()
 
@@ -123,16 +132,23 @@ class AnalogMatrixLayer(SavedState):
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as torch does, and the analog state anew."""
-        super().reset_parameters()  # type: ignore[misc]
+        with self.whole("weight", "bias", write=True, of_first=True):
+            super().reset_parameters()  # type: ignore[misc]
         if "input_range" in self._parameters:  # torch's constructor comes here before there is any analog state
             self.reset_analog_state()
 
     @torch.no_grad()
     def reset_analog_state(self) -> None:
         """Ranges at their initial value with the start-up still to come; a learned clip at the largest weights; new noise."""
-        self._restart_range()
+        with self.whole("input_range", write=True):
+            self._restart_range()
         self.reset_weight_clip()
         self.redraw_weight_noise()
+
+    def set_input_range(self, values: Tensor) -> None:
+        """As :class:`RangeStartup` does it, of parameters in parts too."""
+        with self.whole("input_range", write=True):
+            super().set_input_range(whole_of(values))
 
     def _fit_state(self) -> None:
         """Create the parameters and buffers that the config needs and that are missing; drop those it does not."""
@@ -148,6 +164,7 @@ class AnalogMatrixLayer(SavedState):
             # An integer: a counter in half precision stops growing at 256.
             self.input_range_update_idx = torch.zeros(stored, dtype=torch.int64, device=self.weight.device)
             self.x_min, self.x_max, self.input_range_residual = (torch.zeros(stored, **like) for _ in range(3))
+        self._fit_shift()
         if not learns_clip(self.rpu_config):
             self.learnable_weight_clip = None
         elif self.learnable_weight_clip is None:
@@ -156,6 +173,16 @@ class AnalogMatrixLayer(SavedState):
         self._fit_weight_noise(self.weight.device)
         self._mark_undecayed()
         self._checked = self._numbers_of = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As torch's; ranges that get memory only now (``to_empty``) are at their start, as a file of the digital model has none
+        to load."""
+        without_memory = self.input_range is not None and self.input_range.is_meta  # the very object may get some
+        super()._apply(fn, recurse)
+        if without_memory and self.input_range is not None and not self.input_range.is_meta:
+            with torch.no_grad():
+                self._restart_range()
+        return self
 
     def _mark_undecayed(self) -> None:
         """Many trainers look for this attribute of a parameter before they let it decay."""
@@ -183,7 +210,8 @@ class AnalogMatrixLayer(SavedState):
         An optimizer that exists already does not know parameters added here.
 
         Raises:
-            ConfigError: the config is not valid or cuts the inputs into other slices. The layer is then unchanged.
+            ConfigError: the config is not valid, cuts the inputs into other slices, or needs other parameters where a sharding
+                library manages them. The layer is then unchanged.
         """
         check_config(rpu_config)
         new, old = split_sizes(self.tile_shape[1], rpu_config.mapping.max_input_size), self.get_split_sizes()
@@ -192,12 +220,25 @@ class AnalogMatrixLayer(SavedState):
                 f"mapping.max_input_size: got {rpu_config.mapping.max_input_size}, which cuts {sum(new)} inputs into slices "
                 f"of {new}, but this layer has slices of {old}; build the layer with that max_input_size instead"
             )
+        self._refuse_other_parameters(rpu_config)
         learned = self.rpu_config.pre_post.input_range.learn_input_range
         self.rpu_config = copy.deepcopy(rpu_config)
         effects.warn_of([self.rpu_config], self._told)
         if self.input_range is not None and rpu_config.pre_post.input_range.learn_input_range != learned:
             self.input_range.requires_grad_(not learned)
         self._fit_state()
+
+    def _refuse_other_parameters(self, rpu_config: TorchInferenceRPUConfig, is_wrapped: bool = False) -> None:
+        """What has sharded or wrapped a model knows its parameters: one more would not be synchronised, one less come back."""
+        for name, path, wanted in (
+            ("input_range", "pre_post.input_range", is_static(rpu_config)),
+            ("learnable_weight_clip", "clip.type", learns_clip(rpu_config)),
+        ):
+            if wanted != (self._parameters[name] is not None) and (is_wrapped or is_managed(self)):
+                raise ConfigError(
+                    f"{path}: this config {'needs' if wanted else 'has no'} {name}, but the model was sharded or "
+                    f"wrapped {'without' if wanted else 'with'} it; convert or reconfigure it first, and shard or wrap it then"
+                )
 
     def stop_quantizing(self) -> None:
         """Switch weight quantization and clip off in this layer's config."""
@@ -253,9 +294,7 @@ class AnalogMatrixLayer(SavedState):
             if self.rpu_config != self._checked:
                 self.rpu_config.validate()
                 self._check_state()
-                # Else the config is one for a while, as while ranges are calibrated.
-                if "analog_matmul" not in vars(self):
-                    effects.warn_of([self.rpu_config], self._told)
+                effects.warn_of([self.rpu_config], self._told)
                 self._checked = copy.deepcopy(self.rpu_config)
                 known = settings(self.rpu_config)
                 self._of_modes = tuple(Numbers(**known, training=mode, groups=self.groups) for mode in (False, True))
@@ -265,46 +304,54 @@ class AnalogMatrixLayer(SavedState):
 
     # ---- Forward ------------------------------------------------------------------------------------------------------
 
-    def analog_matmul(self, x: Tensor, one_forward: OneForward | None = None) -> Tensor:
+    def analog_matmul(
+        self, x: Tensor, one_forward: OneForward | None = None, product: Callable[..., Tensor] = linear
+    ) -> Tensor:
         """``x [..., G * K]`` times the analog matrix, plus the bias: ``[..., N]``; with :attr:`patches` as
         :func:`triton_analog.functional.analog_linear` takes and gives them.
 
         In training, a stored input range first learns from ``x`` while its start-up lasts (see :class:`RangeStartup`), and
         weight noise may be that of other forwards (:class:`WeightNoise`). Calls with the same ``one_forward`` share their
-        weight (:class:`OneForward`). A refused call changes nothing.
+        weight (:class:`OneForward`). A refused call changes nothing. ``product`` is called with what is to be multiplied, as
+        :func:`triton_analog.calls.linear` takes it: who looks at that gives a function that calls it too.
 
         Raises:
             TypeError, ValueError: the input does not fit, or the weight was replaced by one of another shape.
         """
         try:
-            return self._matmul(x, one_forward)
+            return self._matmul(x, one_forward, product)
         except (TypeError, ValueError) as error:
             complaint = complaint_of_shape(self)  # which explains it better
             if complaint is None:
                 raise
             raise ValueError(complaint) from error
 
-    def _matmul(self, x: Tensor, one_forward: OneForward | None) -> Tensor:
+    def _matmul(self, x: Tensor, one_forward: OneForward | None, product: Callable[..., Tensor]) -> Tensor:
         numbers, matrix, bias = self._numbers(), self.matrix, self.bias
         if numbers.training and not self.was_called:
-            vars(self)["was_called"] = True
+            self._begin_training()
         input_range: Tensor | None = self.input_range
         seed = weight_seed = tile = wmax = None
         if self.programmed is not None:
             tile, wmax = self.programmed.as_(input_dtype(x), self.training)
-            return linear(x, matrix, bias, input_range, None, seed, weight_seed, tile, wmax, numbers)
+            return product(x, matrix, bias, input_range, None, seed, weight_seed, tile, wmax, numbers)
         starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(numbers)
         if starts_up or noise_lasts:
             # The call would refuse it only after the layer has changed.
             check_input(x, matrix, numbers.groups, numbers.patches)
+        tally = self._tally_of(input_range) if numbers.training else None
         if starts_up:
             self._learn_range(x)
+        elif one_forward is not None:
+            input_range = one_forward.own("input_range", input_range)
+        if input_range is not None and (self._is_shifted or self._shifts_in_graphs):
+            input_range = self.range_in_use(input_range)
+        elif starts_up:
             assert input_range is not None
             # The next forward changes the range in place, and the backward of this one may still be to come.
             input_range = input_range.clone()
-        elif one_forward is not None:
-            input_range = one_forward.own("input_range", input_range)
         if one_forward is not None:
+            tally = one_forward.own("tally", tally)
             bias = one_forward.own("bias", bias)
             if one_forward.tile is None:
                 one_forward.tile = self._tile_of_all(one_forward, x, matrix, numbers)
@@ -315,7 +362,31 @@ class AnalogMatrixLayer(SavedState):
             seed, weight_seed, tile, wmax = self._lasting_noise(x, matrix, numbers)
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
-        return linear(x, matrix, bias, input_range, self.learnable_weight_clip, seed, weight_seed, tile, wmax, numbers)
+        clip = self.learnable_weight_clip
+        return product(x, matrix, bias, input_range, clip, seed, weight_seed, tile, wmax, numbers, tally)
+
+    def matmul_without_range(
+        self,
+        numbers: Numbers,
+        x: Tensor,
+        one_forward: OneForward | None = None,
+        product: Callable[..., Tensor] = linear,
+    ) -> Tensor:
+        """The product as ``numbers`` say, which ask for no input range: the stored one stays out of it."""
+        matrix, tile, wmax = self.matrix, None, None
+        if one_forward is not None:
+            if one_forward.tile is None:
+                one_forward.tile = self._tile_of_all(one_forward, x, matrix, numbers)
+            tile, wmax = one_forward.tile
+        return product(x, matrix, self.bias, None, self.learnable_weight_clip, None, None, tile, wmax, numbers)
+
+    def _begin_training(self) -> None:
+        """Before the first training forward: what can only be known then."""
+        refuse_flat(self)
+        self._refuse_unknown_master()
+        watch(self)
+        self._own_the_seed()
+        vars(self)["was_called"] = True
 
     def _tile_of_all(
         self, one_forward: OneForward, x: Tensor, matrix: Tensor, numbers: Numbers
@@ -345,7 +416,7 @@ class AnalogMatrixLayer(SavedState):
 @run_while_tracing
 def _note_call(layer: AnalogMatrixLayer) -> None:
     """Compilers run this while they trace; the compiled forward has nothing of it."""
-    layer.was_called = True
+    layer._begin_training()
 
 
 def _has_shape(parameter: Tensor | None, wanted: bool, *shape: int) -> bool:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from triton_analog.seeds import mix_rank
+
 
 def draw_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
     """``count`` seeds of :func:`triton_analog.functional.draw_seed`, drawn at once."""
     # Two numbers to a seed: what kernels read is then always aligned to 16 bytes, so that one compiled kernel serves all.
-    drawn = torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=device)
+    drawn = mix_rank(torch.randint(0, 2**63 - 1, (count, 2), dtype=torch.int64, device=device))
     return drawn[:, :1].unbind(0)
 
 

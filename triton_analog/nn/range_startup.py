@@ -11,7 +11,9 @@ from typing_extensions import Self
 
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import update_input_range
-from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.parts import refuse_flat
+from triton_analog.nn.range_shift import RangeShift
+from triton_analog.nn.ranks import is_paused, is_trial, refuse_unsaid_group
 from triton_analog.nn.settings import constant
 from triton_analog.ops._transforms import is_transforming
 from triton_analog.ops.input_range import recomputing
@@ -39,8 +41,9 @@ def _is_stand_in(range_: Tensor | None) -> bool:
     return range_.__class__ is Tensor
 
 
-class RangeStartup(AnalogLayerBase):
-    """The part of a layer that sets its stored input ranges from data (SEMANTICS 7).
+class RangeStartup(RangeShift):
+    """The part of a layer that sets its stored input ranges from data (SEMANTICS 7); by a shift, where the stored ones are kept
+    in parts (:class:`RangeShift`).
 
     Each slice learns from its first ``init_from_data`` batches, by a counter on the device. So that nothing is launched for
     ever after, the host also counts: once a layer has run ``init_from_data`` training forwards, its start-up is over for all
@@ -70,6 +73,7 @@ class RangeStartup(AnalogLayerBase):
     input_range_residual: Tensor | None
 
     _process_group = _Ranks("world")
+    _knows_ranks = False  # whether the group was looked at, where nothing was said of it
     _forwards_seen = 0  # training forwards that the ranges learned from, as the host counts them
     _counter_version = 0  # of the counters, when they were last changed from here
 
@@ -78,8 +82,9 @@ class RangeStartup(AnalogLayerBase):
         """Ranks that share the statistics of the input range's start-up: ``"world"`` (the default) is every rank once
         ``torch.distributed`` is initialised, None is this rank alone, or a process group.
 
-        Set it where not every rank runs the layer in every step (pipelines, experts): the ranks of the group wait for
-        each other. Copies of the layer share the group; a pickle returns to ``"world"``.
+        Set it (:func:`triton_analog.distributed.set_parallel` does for a model) where not every rank runs the layer in
+        every step (pipelines, experts): the ranks of the group wait for each other. Copies of the layer share the group; a
+        pickle returns to ``"world"``.
 
         Raises:
             ValueError: set to something else.
@@ -100,9 +105,12 @@ class RangeStartup(AnalogLayerBase):
         """The ranks to share statistics with, or None."""
         if not isinstance(self.process_group, str):
             return self.process_group
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return dist.group.WORLD
-        return None
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return None
+        if not (self._knows_ranks or "_process_group" in vars(self) or torch.compiler.is_compiling()):
+            refuse_unsaid_group(self)
+            vars(self)["_knows_ranks"] = True
+        return dist.group.WORLD
 
     def _range_starts_up(self) -> bool:
         """Whether this forward belongs to the start-up of a stored range."""
@@ -110,8 +118,12 @@ class RangeStartup(AnalogLayerBase):
         if range_ is None:
             return False
         wanted = self.rpu_config.pre_post.input_range.init_from_data
-        if wanted <= 0 or torch.compiler.is_compiling() or self._forwards_seen < wanted:
-            return wanted > 0
+        if wanted <= 0 or is_paused():
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        if self._forwards_seen < wanted:
+            return not is_trial()
         return _is_stand_in(range_) and not is_transforming()
 
     def _learn_range(self, x: Tensor) -> None:
@@ -119,6 +131,8 @@ class RangeStartup(AnalogLayerBase):
         compiling = torch.compiler.is_compiling()
         if not compiling and recomputing():
             return
+        if not compiling:
+            refuse_flat(self)
         if not compiling and is_transforming():
             self._refuse_transforms()
         assert self.input_range is not None
@@ -129,9 +143,10 @@ class RangeStartup(AnalogLayerBase):
             if self.input_range_residual is not None and self.input_range_residual.device != self.input_range.device:
                 self._reset_residual()  # moved by something that does not know it
         rows = self.tile_rows(x.detach())
+        apart = self._range_to_learn()
         update_input_range(
             rows,
-            self.input_range,
+            self.input_range if apart is None else apart,
             self.input_range_update_idx,
             max_input_size=constant(self.rpu_config.mapping.max_input_size),
             groups=self.groups,
@@ -141,9 +156,11 @@ class RangeStartup(AnalogLayerBase):
             x_min=self.x_min,
             x_max=self.x_max,
             act_range_momentum=constant(range_.act_range_momentum),
-            residual=self.input_range_residual,
+            residual=self.input_range_residual if apart is None else None,
             process_group=group,
         )
+        if apart is not None:
+            self._shift_to(apart)
         host_counts = not (compiling or _is_stand_in(self.input_range))
         if host_counts:
             self._counter_version = self.input_range_update_idx._version
@@ -198,6 +215,7 @@ class RangeStartup(AnalogLayerBase):
             for buffer in (self.input_range_update_idx, self.x_min, self.x_max, self.input_range_residual):
                 assert buffer is not None
                 buffer.zero_()
+            self.drop_shift()
 
     def tile_rows(self, x: Tensor) -> Tensor:
         """What the tiles multiply for an input ``x [..., K]`` of the product: rows ``[M, K]``.
@@ -253,6 +271,7 @@ class RangeStartup(AnalogLayerBase):
         range_, residual = self.input_range, self.input_range_residual
         if range_ is None or residual is None:
             return
+        self.drop_shift()
         if (residual.device, residual.dtype) == (range_.device, range_.dtype):
             residual.zero_()
         else:

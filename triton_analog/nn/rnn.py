@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from triton_analog.nn import rnn_states as forms
 from triton_analog.nn.base import the_input, traced_leaf
 from triton_analog.nn.containers import AnalogContainerBase
 from triton_analog.nn.linear import AnalogLinear
+from triton_analog.nn.parts import uneven_files
 from triton_analog.nn.rnn_cells import AnalogRNNCellBase, State
 from triton_analog.nn.rnn_layers import ModularRNN, arranged
-from triton_analog.nn.rnn_names import load_torch_names, save_torch_names
+from triton_analog.nn.rnn_names import inner_name, load_torch_names, save_torch_names
 from triton_analog.nn.rnn_sequence import in_form_of, rows_of, run, run_reverse
 from triton_analog.nn.settings import refuse_config
 
@@ -152,9 +154,10 @@ class AnalogRNN(AnalogContainerBase):
         """
         for layer in self.analog_layers():
             if isinstance(layer, AnalogLinear):
-                weight_init_fn(layer.weight)
-                if layer.bias is not None:
-                    (bias_init_fn or weight_init_fn)(layer.bias)
+                with layer.whole("weight", "bias", write=True, of_first=True):
+                    weight_init_fn(layer.weight)
+                    if layer.bias is not None:
+                        (bias_init_fn or weight_init_fn)(layer.bias)
                 layer.reset_weight_clip()
 
     def get_zero_state(self, batch_size: int) -> list[Any]:
@@ -327,7 +330,21 @@ class AnalogRNN(AnalogContainerBase):
 
     # ---- State --------------------------------------------------------------------------------------------------------
 
+    def __getattr__(self, name: str) -> Any:
+        """Torch's names too, ``weight_ih_l0`` and its like, which those of the state dict are."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            path = inner_name(self, name) if "cells" in self._modules else None
+            if path is None:
+                raise
+            return attrgetter(path)(self)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        uneven = uneven_files(self.parameters(), state_dict, prefix)
+        if uneven is not None:
+            args[-1].append(uneven)  # the messages of all errors
+            return
         load_torch_names(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

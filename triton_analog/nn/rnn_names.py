@@ -26,6 +26,14 @@ def _products(module: Any) -> Iterator[tuple[str, str, str]]:
             yield f"cells.{cell_name}.{product}.", f"{product.removeprefix('weight')}_{cell_name}", cell_name
 
 
+def inner_name(module: nn.Module, name: str) -> str | None:
+    """The path, inside ``module``, of what has ``name`` outside; None where nothing has it."""
+    for path, end, _ in _products(module):
+        if name.endswith(end) and name[: -len(end)] in NAMES:
+            return path + name[: -len(end)]
+    return None
+
+
 def save_torch_names(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any) -> None:
     """Rename what ``module`` has put into ``state_dict``; a hook for after that."""
     for path, end, _ in _products(module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from triton_analog.calls import draw_seed
 from triton_analog.config import ConfigError, TorchInferenceRPUConfig
 from triton_analog.nn.outside import follow_or_refuse
+from triton_analog.nn.parts import cut_for, is_dtensor
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import decode, encode
 from triton_analog.nn.stored_weight import StoredWeight
@@ -32,6 +33,9 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         follow_or_refuse(self, prefix.rstrip("."))  # a file with tiles of another shape than the weight would not load
         self._mend_counter()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = prefix + "input_range"
+        if name in destination:
+            destination[name] = self._saved_range(destination[name])
 
     def get_extra_state(self) -> Tensor:
         """The config as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""
@@ -86,7 +90,8 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         # The config comes first: it decides which parameters there are to be filled.
         state = state_dict.get(prefix + "_extra_state")
         # With this torch.distributed.checkpoint says that the file has none.
-        if type(state).__name__ == "_EXTRA_STATE":
+        without_config = type(state).__name__ == "_EXTRA_STATE"
+        if without_config:
             del state_dict[prefix + "_extra_state"]
         elif state is not None:
             try:
@@ -99,6 +104,9 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
             error_msgs.append(mismatch)
             return
         self._convert_counter(state_dict, prefix)
+        cut_for(self, state_dict, prefix)
+        names = "weight", "learnable_weight_clip"
+        has_weight, has_clip = (self._comes_from_elsewhere(state_dict, prefix, name) for name in names)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -110,8 +118,15 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         source = self.weight_source
         if source is not None:
             self._fit_weight_noise(source.device)
-        if prefix + "weight" in state_dict and prefix + "learnable_weight_clip" not in state_dict:
+        # Into a weight in parts torch may have loaded the file in place before it came here.
+        has_weight = has_weight or (without_config and is_dtensor(self._parameters.get("weight")))
+        if has_weight and not has_clip:
             self.reset_weight_clip()
+
+    def _comes_from_elsewhere(self, state_dict: dict[str, Any], prefix: str, name: str) -> bool:
+        """Whether there are numbers to load: ``set_model_state_dict`` of torch fills a file up with what the model has."""
+        given, own = state_dict.get(prefix + name), self._parameters.get(name)
+        return given is not None and (own is None or not _is_same_memory(given, own))
 
     def _other_slices(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """What is wrong with a file that has other slices, as its tensors show; it need not hold a config that says so."""
@@ -131,3 +146,10 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
                 f"{self.rpu_config.mapping.max_input_size}); build it with the max_input_size that was saved instead"
             )
         return None
+
+
+def _is_same_memory(first: Any, second: Any) -> bool:
+    """Also if there is none: parts may be empty, and the ranks must agree."""
+    first, second = (tensor.to_local() if is_dtensor(tensor) else tensor for tensor in (first, second))
+    alike = (first.dtype, first.device) == (second.dtype, second.device) and not first.is_meta
+    return alike and first.is_set_to(second)

@@ -87,7 +87,10 @@ def refuse_config(arguments: dict[str, Any]) -> None:
 
 
 def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:
-    """``config`` as keyword arguments of :func:`triton_analog.functional.analog_linear`, in a training forward."""
+    """``config`` as keyword arguments of :func:`triton_analog.functional.analog_linear`, in a training forward.
+
+    Without the decay of the range, which is decided once per step and not in a backward (:mod:`triton_analog.nn.before_step`).
+    """
     io, modifier, range_ = config.forward, config.modifier, config.pre_post.input_range
     return {
         "dynamic_input_range": range_.enable and range_.dynamic,
@@ -104,8 +107,6 @@ def settings(config: TorchInferenceRPUConfig) -> dict[str, Any]:
         "weight_res": modifier.res,
         "weight_noise": _NOISE[modifier.noise_type],
         "weight_noise_std": modifier.std_dev,
-        "range_decay": range_.decay,
-        "input_min_percentage": range_.input_min_percentage,
         "fast_mode": range_.fast_mode,
         "save_input": _SAVED_INPUT[io.save_input],
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,30 @@ import triton_analog.reference as reference
 from triton_analog.config import TorchInferenceRPUConfig, WeightClipType
 from triton_analog.functional import modified_weight
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.before_step import STEPS
 from triton_analog.nn.outside import follow_shape
+from triton_analog.nn.parts import (
+    Slot,
+    gathered,
+    has_master,
+    is_dtensor,
+    is_managed,
+    is_partitioned,
+    is_stepped_elsewhere,
+    read_master,
+    refuse_flat,
+    whole,
+    whole_of,
+    write_master,
+)
+from triton_analog.nn.parts_clip import PartsClip, clip_parts
 from triton_analog.nn.programmed import refuse_chips
 from triton_analog.nn.settings import GAUSSIAN_CLIP, QUANTIZATION
+from triton_analog.nn.sharding import is_gathered
 from triton_analog.reference import num_slices, split_sizes
 
-CHANGES_WITHOUT_CLIP = 100
-"""So many changes of a weight, without the clip that its config asks for, are worth a warning."""
+STEPS_WITHOUT_CLIP = 100
+"""So many steps of optimizers, without the clip that the config of a layer asks for, are worth a warning."""
 
 
 class StoredWeight(AnalogLayerBase):
@@ -36,8 +54,8 @@ class StoredWeight(AnalogLayerBase):
     CHANNEL_DIM: ClassVar[int] = 0
     """The dimension of ``weight`` that counts outputs."""
     tile_shape: tuple[int, ...]
-    _weight_version = 0
-    _changes_without_clip = 0
+    _last_seen = (0, 0)  # version of the weight, and steps taken
+    _steps_without_clip = 0
 
     # ---- On tiles -----------------------------------------------------------------------------------------------------
 
@@ -71,10 +89,30 @@ class StoredWeight(AnalogLayerBase):
 
     # ---- Changes ------------------------------------------------------------------------------------------------------
 
+    def parameter_slots(self) -> list[Slot]:
+        """Where the parameters are that belong to this layer."""
+        return [(self, name) for name in self._parameters]
+
+    def whole(self, *names: str, write: bool = False, of_first: bool = False) -> AbstractContextManager[None]:
+        """While it lasts, the parameters of these ``names`` are whole tensors, whatever shards them (``parts.whole``)."""
+        return whole([slot for slot in self.parameter_slots() if slot[1] in names], write, of_first)
+
+    @property
+    def weight_name(self) -> str:
+        """That of :attr:`weight_source`."""
+        return "weight"
+
+    @property
+    def bias_name(self) -> str:
+        """That of the parameter that holds the bias."""
+        return "bias"
+
     @torch.no_grad()
     def reset_weight_clip(self) -> None:
         """Set a learned clip to the largest weight of each slice and channel, in place."""
-        if self.learnable_weight_clip is not None:
+        if self.learnable_weight_clip is None or self.learnable_weight_clip.is_meta:
+            return
+        with self.whole(self.weight_name, "learnable_weight_clip", write=True):
             self.learnable_weight_clip.copy_(ops.absmax(self.matrix, self.slices))
 
     def resized(self) -> Self:
@@ -107,10 +145,11 @@ class StoredWeight(AnalogLayerBase):
             TypeError: ``weight`` is no tensor.
             ValueError: another shape, or the layer's weight is computed from other parameters.
         """
-        own = stored_weight(self)
-        _check_shape("weight", weight, own)
-        own.copy_(weight)
-        self.reset_weight_clip()
+        with self.whole(self.weight_name, "learnable_weight_clip", write=True):
+            own = stored_weight(self)
+            _check_shape("weight", weight, own)
+            own.copy_(whole_of(weight))
+            self.reset_weight_clip()
 
     @torch.no_grad()
     def set_weights_and_biases(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -120,19 +159,19 @@ class StoredWeight(AnalogLayerBase):
             TypeError: ``weight`` or ``bias`` is no tensor.
             ValueError: another shape, or a bias for a layer without one.
         """
-        if bias is not None:
-            if self.bias is None:
-                raise ValueError(
-                    "bias: given, but this layer was built with bias=False; pass None or build it with a bias"
-                )
-            _check_shape("bias", bias, self.bias)
-        self.set_weights(weight)
-        if bias is not None and self.bias is not None:
-            self.bias.copy_(bias)
+        if bias is not None and self.bias is None:
+            raise ValueError("bias: given, but this layer was built with bias=False; pass None or build it with a bias")
+        with self.whole(self.weight_name, self.bias_name, "learnable_weight_clip", write=True):
+            if bias is not None:
+                _check_shape("bias", bias, self.bias)
+            self.set_weights(weight)
+            if bias is not None:
+                self.bias.copy_(whole_of(bias))
 
     def get_weights_and_biases(self) -> tuple[Tensor, Tensor | None]:
         """Copies of weight and bias (None without one), detached."""
-        return self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone()
+        with self.whole(self.weight_name, self.bias_name):
+            return self.weight.detach().clone(), None if self.bias is None else self.bias.detach().clone()
 
     def gaussian_clip(self) -> tuple[float, int | None] | None:
         """The Gaussian clip of the config: ``clip.sigma``, and the dimension of ``weight`` each of whose indices has a deviation
@@ -161,11 +200,26 @@ class StoredWeight(AnalogLayerBase):
         if clip is None:
             return
         sigma, channel_dim = clip
+        if master is None and is_dtensor(self.weight_source):
+            clip_parts([PartsClip(self.weight_source, self.weight_index, sigma, channel_dim)])
+            return
+        if master is None and (is_partitioned(self.weight_source) or has_master(self.weight_source)):
+            self._clip_with_master(cast(Tensor, self.weight_source))
+            return
         weight = stored_weight(self).detach()
         stepped = weight if master is None else master.detach()
         reference.clip([stepped], [sigma], channel_dim)  # a single weight is not worth a table for the kernel
         if master is not None:
             weight.copy_(stepped)
+
+    def _clip_with_master(self, source: Tensor) -> None:
+        """Clip a weight that DeepSpeed has cut or steps a copy of."""
+        with gathered([source], change=True):
+            master = read_master(source)
+            copy = source.detach().clone() if master is None else master
+            self.clip_weights(self.weight_part(copy))
+            if master is not None:
+                write_master(source, master)
 
     @torch.no_grad()
     def quantize_weights(self) -> None:
@@ -174,19 +228,35 @@ class StoredWeight(AnalogLayerBase):
         A learned clip is dropped with it, and with a clip per channel the bound of the ADC becomes one per slice.
 
         Raises:
-            ValueError: the weight is computed from other parameters, so that there is nothing to replace.
+            ValueError: the weight is computed from other parameters, so that there is nothing to replace, or a learned clip is
+                one of those that a sharding library manages. Nothing is changed then.
         """
-        weight, modifier = stored_weight(self), self.rpu_config.modifier
-        quantized, _ = modified_weight(
-            self.matrix,
-            max_input_size=self.rpu_config.mapping.max_input_size,
-            weight_clip=self.learnable_weight_clip,
-            weight_quantization=QUANTIZATION[modifier.quantization_type],
-            weight_res=modifier.res,
-            groups=self.groups,
-        )
-        weight.copy_(quantized.movedim(0, self.CHANNEL_DIM).view_as(weight))
+        self.check_quantizable()
+        modifier = self.rpu_config.modifier
+        with self.whole(self.weight_name, "learnable_weight_clip", write=True):
+            weight = stored_weight(self)
+            quantized, _ = modified_weight(
+                self.matrix,
+                max_input_size=self.rpu_config.mapping.max_input_size,
+                weight_clip=self.learnable_weight_clip,
+                weight_quantization=QUANTIZATION[modifier.quantization_type],
+                weight_res=modifier.res,
+                groups=self.groups,
+            )
+            weight.copy_(quantized.movedim(0, self.CHANNEL_DIM).view_as(weight))
         self.stop_quantizing()
+
+    def check_quantizable(self) -> None:
+        """:meth:`quantize_weights` will not be refused for what shards the layer.
+
+        Raises:
+            ValueError: it will.
+        """
+        if self.learnable_weight_clip is not None and is_managed(self):
+            raise ValueError(
+                "learnable_weight_clip: quantize_weights drops it, but what has sharded the model keeps it; quantize the model "
+                "before it is sharded, or one that is made of a full state dict: restore_analog(digital_model, state_dict)"
+            )
 
     def stop_quantizing(self) -> None:
         """Switch weight quantization and clip off in this layer's config."""
@@ -195,22 +265,26 @@ class StoredWeight(AnalogLayerBase):
     # ---- Clipping by somebody else ----------------------------------------------------------------------------------
 
     def _watch_for_the_clip(self) -> None:
-        """Warn once if the weight goes on changing but is never clipped: then some other optimizer takes the steps.
+        """Warn once if optimizers go on taking steps but the weight is never clipped: then another one than its own takes them.
 
-        Every change in place raises the version of a tensor, a number on the host. Forwards would be the wrong thing to
-        count: a recurrent layer, or the accumulation of gradients, runs many of them per step. A compiled forward must not
-        change Python state, so it does not watch.
+        Forwards would be the wrong thing to count: a recurrent layer, or the accumulation of gradients, runs many of them per
+        step. Every change in place raises the version of a tensor, a number on the host. That of one that is gathered for each
+        forward says nothing: steps of optimizers are counted then. A compiled forward must not change Python state, so it does
+        not watch.
         """
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return
-        version = self.weight._version
-        if version == self._weight_version:
+        version, steps = self.weight._version, STEPS.taken
+        if (version, steps) == self._last_seen:
             return
-        self._weight_version = version
-        self._changes_without_clip += 1
-        if self._changes_without_clip == CHANGES_WITHOUT_CLIP:
+        (last_version, last_steps), self._last_seen = self._last_seen, (version, steps)
+        is_apart = is_gathered(self, "weight") or is_stepped_elsewhere(self.weight_source)
+        if steps == last_steps if is_apart else version == last_version:
+            return
+        self._steps_without_clip += 1
+        if self._steps_without_clip == STEPS_WITHOUT_CLIP:
             warnings.warn(
-                f"clip.type is {self.rpu_config.clip.type.name}, but the weight has changed {CHANGES_WITHOUT_CLIP} times "
+                f"clip.type is {self.rpu_config.clip.type.name}, but optimizers have taken {STEPS_WITHOUT_CLIP} steps "
                 "without clip_weights() being called. Train with triton_analog.optim.AnalogOptimizer, which clips after "
                 "each step, or call model.clip_weights() after each step of your own optimizer.",
                 stacklevel=2,
@@ -219,7 +293,7 @@ class StoredWeight(AnalogLayerBase):
     def note_clip(self) -> None:
         """The weight has just been clipped, by this layer, one that shares it or an optimizer."""
         # A module takes a microsecond to set an attribute, in every step and layer.
-        vars(self)["_changes_without_clip"] = 0
+        vars(self)["_steps_without_clip"] = 0
 
 
 def stored_weight(module: nn.Module) -> Tensor:
@@ -229,6 +303,7 @@ def stored_weight(module: nn.Module) -> Tensor:
         ValueError: it has none, as a hook or parametrization computes the weight: a change of that would be lost.
     """
     refuse_chips(module, "a change of the weight")
+    refuse_flat(module)
     weight = module.weight_source if isinstance(module, StoredWeight) else module._parameters.get("weight")
     if weight is None:
         raise ValueError(

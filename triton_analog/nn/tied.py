@@ -36,7 +36,10 @@ def quantize_each_weight(layers: Iterable[AnalogLayerBase]) -> None:
 
     Layers that quantize or slice a shared weight in different ways each quantize it, one after the other.
     """
-    quantized = set()
+    layers, quantized = list(layers), set()
+    for layer in layers:  # all of them before any is changed
+        if isinstance(layer, AnalogMatrixLayer):
+            layer.check_quantizable()
     for layer in layers:
         if isinstance(layer, AnalogMatrixLayer):
             modifier = layer.rpu_config.modifier

@@ -16,7 +16,9 @@ from triton_analog.functional import modified_weight
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.frozen_noise import redraw_seeds, watch
 from triton_analog.nn.settings import keeps_noise
+from triton_analog.nn.sharding import is_gathered
 from triton_analog.ops._transforms import is_transforming
+from triton_analog.seeds import mix_rank_again, noise_rank
 
 TILE_SETTINGS = ("max_input_size", "weight_quantization", "weight_res", "weight_noise", "weight_noise_std", "groups")
 """The numbers that make the tiles' weight."""
@@ -81,14 +83,15 @@ class WeightNoise(AnalogLayerBase):
     - for a trained weight in a compiled forward, in one that is captured in a CUDA graph and in one under a transform of
       ``torch.func``, which only read the seed (``randomness`` of ``vmap`` is for noise that is drawn in the forward),
     - for a frozen weight where the optimizer's step is itself compiled, captured or not one of ``torch.optim.Optimizer``,
-    - for a weight that is changed behind autograd's back (``weight.data.add_``, sharded parameters, a captured step that is
-      replayed): the layer would go on with the noise, and with the noisy weight, of before.
+    - for a weight that FSDP2 or DeepSpeed's ZeRO stage 3 gathers for each forward,
+    - for a weight that is changed behind autograd's back (``weight.data.add_``, a captured step that is replayed): the layer
+      would go on with the noise, and with the noisy weight, of before.
 
     In eager mode the noisy weight itself is kept too, from the first forward of a step to its end: that saves a pass over
     the weight in every further forward and in every backward and takes the memory of one more weight, in the dtype of the
     inputs. It is made anew when the weight, the learned clip, the seed, the dtype or a number of the config changes, dropped
     by ``eval()``, by loading and by moving, and never part of a copy, a pickle or a state dict. A weight that is computed
-    from other parameters (``weight_norm``) is not kept; its noise is.
+    from other parameters (``weight_norm``), or gathered, is not kept; its noise is.
 
     Copies of a layer have its seed. The seed is no buffer: ``DistributedDataParallel`` would hand the first rank's to all
     others, in the middle of a step too, but every rank draws its own noise.
@@ -98,6 +101,9 @@ class WeightNoise(AnalogLayerBase):
     learnable_weight_clip: Tensor | None
     weight_noise_seed: Tensor | None = None
     _kept_noise: _Kept
+    _was_gathered = False
+    _seed_rank = 0
+    """The rank whose noise the seed stands for."""
 
     @torch.no_grad()
     def redraw_weight_noise(self) -> None:
@@ -114,6 +120,14 @@ class WeightNoise(AnalogLayerBase):
         self._kept_noise.drop_tile()
         self._kept_noise.drawn_for = None
         self._kept_noise.redrawn = True
+        self._seed_rank = noise_rank()
+
+    @torch.no_grad()
+    def _own_the_seed(self) -> None:
+        """A seed that was drawn before this process knew its rank, or in another process, becomes that of this rank."""
+        if self.weight_noise_seed is not None:
+            mix_rank_again(self.weight_noise_seed, self._seed_rank)
+            self._seed_rank = noise_rank()
 
     def was_redrawn(self) -> bool:
         """Whether :meth:`note_redraw` was called since this was last asked."""
@@ -154,7 +168,7 @@ class WeightNoise(AnalogLayerBase):
             return
         watch(self)
         if self.weight_noise_seed is None or self.weight_noise_seed.device != device:
-            self.weight_noise_seed = draw_seed(device)
+            self.weight_noise_seed, self._seed_rank = draw_seed(device), noise_rank()
 
     def _weight_sources(self) -> list[Tensor]:
         """The parameters that the weight consists of: itself, or what a hook or parametrization computes it from."""
@@ -163,6 +177,13 @@ class WeightNoise(AnalogLayerBase):
             return [weight]
         others = ("bias", "input_range", "learnable_weight_clip")
         return [parameter for name, parameter in self.named_parameters() if name not in others]
+
+    def _weight_is_gathered(self) -> bool:
+        """Whether the weight was ever seen to be one that a library gathers for each forward: identity, version and address say
+        nothing then, and to keep its noisy tiles would be to keep what the library frees."""
+        if not self._was_gathered:
+            self._was_gathered = is_gathered(self, "weight")
+        return self._was_gathered
 
     def _noise_lasts(self, numbers: Numbers) -> bool:
         """Whether this forward uses noise that other forwards share."""
@@ -179,6 +200,9 @@ class WeightNoise(AnalogLayerBase):
         # any case: a recomputed forward (activation checkpointing) must draw as often as the first one did.
         seed = draw_seed(x.device)
         kept, sources = self._kept_noise, self._weight_sources()
+        if self._weight_is_gathered():
+            kept.drop_tile()
+            return seed, self.weight_noise_seed, None, None
         kept.drawn_for = kept.drawn_for or _Snapshot(sources)
         if self.weight_noise_seed.device != x.device:  # moved by something that does not move modules
             self.weight_noise_seed = seed.clone()

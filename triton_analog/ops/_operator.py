@@ -54,6 +54,7 @@ def _schema(
     types = {**_TYPES, **(types or {})}
     signature = inspect.signature(function)
     kinds: dict[str, str] = {}
+    last = list(signature.parameters.values())[-1]
     for parameter in signature.parameters.values():
         record = (records or {}).get(parameter.annotation)
         if record is not None:
@@ -64,7 +65,8 @@ def _schema(
     for parameter_name, kind in kinds.items():
         if parameter_name in mutates:
             kind = kind.replace("Tensor", f"Tensor({chr(ord('a') + mutates.index(parameter_name))}!)")
-        declared.append(f"{kind} {parameter_name}")
+        may_be_left_out = parameter_name == last.name and last.default is None
+        declared.append(f"{kind} {parameter_name}{'=None' * may_be_left_out}")
     given = signature.return_annotation
     result = types.get(given) or f"({given.removeprefix('tuple[').removesuffix(']')})"
     return f"{name}({', '.join(declared)}) -> {result}", kinds

@@ -76,10 +76,11 @@ def range_grad_kernel(
     decay,
     input_min_percentage,
     FAST: tl.constexpr,
+    TALLY: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Add the tiles' sums ``parts [S, P, 2]`` in a fixed order and finish ``dr``."""
+    """Add the tiles' sums ``parts [S, P, 2]`` in a fixed order and finish ``dr``; or, without the decay, the rows of a tally."""
     s = tl.program_id(0)
     _, width = slice_bounds(s, K, S, ALIGNED)
     widen = tl.zeros((BLOCK_P,), tl.float32)
@@ -93,6 +94,10 @@ def range_grad_kernel(
     total = tl.sum(widen)
     if FAST:
         dr = tl.where(r < 0, -total, total)
+    elif TALLY:
+        dr = r * total
+        tl.store(out_ptr + S + s, tl.sum(unclipped))
+        tl.store(out_ptr + 2 * S + s, M * 1.0 * width)
     else:
         share = tl.sum(unclipped) / (M * 1.0 * width)
         dr = r * (total + tl.where(share > input_min_percentage, decay, 0.0))
@@ -109,13 +114,24 @@ def launch_range_grad(
     fast_mode: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
+    """``dr [S]``; with a negative ``decay`` fp32 ``[3, S]``: ``dr`` without it, how many inputs do not clip, and how many there
+    are. Who adds up the latter can decide about the decay of several batches together."""
     slices, count, _ = parts.shape
-    out = torch.empty(slices, dtype=dtype, device=parts.device)
+    tally = decay < 0 and not fast_mode
+    shape, dtype = ((3, slices), torch.float32) if tally else ((slices,), dtype)
+    out = torch.empty(shape, dtype=dtype, device=parts.device)
     launch(
         range_grad_kernel, (slices,), parts.device, parts, input_range, out, count, rows, features, slices,
-        decay, threshold, FAST=fast_mode, ALIGNED=aligned(features, slices), BLOCK_P=block(count, 1024),
+        decay, threshold, FAST=fast_mode, TALLY=tally, ALIGNED=aligned(features, slices), BLOCK_P=block(count, 1024),
     )  # fmt: skip
     return out
+
+
+def empty_range_grad(input_range: Tensor, decay: float) -> Tensor:
+    """What :func:`launch_range_grad` gives, for operators' fakes."""
+    if decay >= 0:
+        return torch.empty_like(input_range)
+    return input_range.new_empty(3, input_range.shape[0], dtype=check.wide_dtype(input_range))
 
 
 @triton.jit(do_not_specialize=["M"])

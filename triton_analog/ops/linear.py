@@ -16,6 +16,7 @@ from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import Operator
 from triton_analog.ops.absmax import launch_absmax
 from triton_analog.ops.dac import launch_dac_steps
+from triton_analog.ops.input_range import empty_range_grad
 from triton_analog.ops.matmul import launch_matmul
 from triton_analog.ops.matmul_backward import launch_matmul_backward
 from triton_analog.ops.matmul_dgrad import launch_matmul_dgrad
@@ -202,6 +203,7 @@ def _fake_backward(
     weight: Tensor,
     input_range: Tensor | None,
     clip: Tensor | None,
+    decay: float,
     input_shape: Sequence[int],
     bias_dtype: torch.dtype | None,
     needs_input: bool,
@@ -211,7 +213,7 @@ def _fake_backward(
     if needs_input:
         results.append(grad.new_empty(input_shape))
     if needs_input and input_range is not None and input_range.ndim == 1:
-        results.append(torch.empty_like(input_range))
+        results.append(empty_range_grad(input_range, decay))
     if needs_weight:
         results.append(torch.empty_like(weight, memory_format=torch.contiguous_format))
     if needs_weight and bias_dtype is not None:

@@ -89,15 +89,17 @@ PIPELINED = MatmulConfig(192, 128, 64, GROUP_M=8, PIPELINED=True, num_warps=4, n
 
 
 def _can_be_pipelined(problem: Problem) -> bool:
-    per_slice, *_ = problem.flags
-    return problem.hardware.capability == 90 and problem.dtype.itemsize == 2 and per_slice
+    per_slice, noise, dynamic = problem.flags
+    folded = noise and dynamic and not per_slice  # a deviation for each row and column
+    return problem.hardware.capability == 90 and problem.dtype.itemsize == 2 and not folded
 
 
 def default_config(problem: Problem) -> MatmulConfig:
     rows, columns, _ = problem.sizes
-    noise = problem.flags[1]
-    # Below, too few multiprocessors have a tile to work on; noise costs most in a tile's end, which the last ones wait for.
-    if _can_be_pipelined(problem) and rows * columns >= (4_500_000 if noise else 3_200_000):
+    per_slice, noise, _ = problem.flags
+    # Fewer outputs leave multiprocessors without a tile, or wait for the last tile's output stage.
+    fewest = 2_000_000 if not per_slice else 4_500_000 if noise else 3_200_000
+    if _can_be_pipelined(problem) and rows * columns >= fewest:
         return PIPELINED
     return _plain_config(problem)
 
@@ -123,7 +125,8 @@ def _plain_config(problem: Problem) -> MatmulConfig:
 
 def _fits(problem: Problem, config: MatmulConfig) -> bool:
     if config.PIPELINED:
-        return _can_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_M=16))
+        large = covers(128, problem.sizes[0], 32) and covers(128, problem.sizes[1], 64)
+        return large and _can_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_M=16))
     rows, columns, width = problem.sizes
     per_slice, noise, _ = problem.flags
     capability, size = problem.hardware.capability, problem.dtype.itemsize
@@ -436,9 +439,9 @@ def launch_matmul(
     dynamic = input_range is not None and input_range.ndim == 2
     sizes, switches = (M, N, cdiv(K, slices)), (int8 or out_bound > 0, out_noise > 0, dynamic)
     config = config or choose(SPACE, x.device, weight.dtype, sizes, switches)
-    if config.PIPELINED and not (M > 0 and out_bound > 0):
+    if config.PIPELINED and not (M > 0 and ranged):
         config = _plain_config(Problem(hardware(x.device), weight.dtype, sizes, switches))
-    tile = pipeline.tile_for(slices)
+    tile = pipeline.tile_for(slices, out_bound > 0)
     block_k, tile_columns = (
         (pipeline.DEPTH.value, tile.COLUMNS) if config.PIPELINED else (config.BLOCK_K, config.BLOCK_N)
     )
@@ -480,12 +483,14 @@ def launch_matmul(
     y = new(M, N, dtype=x.dtype)
     mask = new(*mask_shape(slices if out_bound > 0 and needs_mask else 0, M, N), dtype=torch.int32)
     if config.PIPELINED:
-        assert coefficients is not None
+        assert input_range is not None
+        del flags["INT8"]
         if not (describable(weight) and slices_describable(weight, slices)):
             weight = launch_padding(weight, slices, width)
         pipeline.launch_product(
-            operand, weight, bias, input_range, coefficients, seed, y, mask, slices, out_q_max, config.GROUP_M, flags
-        )
+            operand, weight, bias, input_range, coefficients, noise_wmax, seed, y, mask, slices, in_q_max, sigma, out_q_max,
+            config.GROUP_M, flags,
+        )  # fmt: skip
         return y, mask
     options = dict(vars(config))
     del options["PREPARED"], options["PIPELINED"]
@@ -532,27 +537,12 @@ class _Matmul(Gradient):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        (
-            x,
-            weight,
-            bias,
-            input_range,
-            ctx.slices,
-            ctx.inp_res,
-            _,
-            _,
-            out_bound,
-            _,
-            _,
-            seed,
-            *_,
-            inp_noise,
-            inp_sto_round,
-        ) = inputs
+        x, weight, bias, input_range, ctx.slices, ctx.inp_res, *_ = inputs
+        out_bound, seed, ctx.random = inputs[8], inputs[11], inputs[-2:]
         _, mask = output
-        is_random = inp_noise > 0 or inp_sto_round
-        ctx.save_for_backward(x, weight, input_range, mask if out_bound > 0 else None, seed if is_random else None)
-        ctx.random = inp_noise, inp_sto_round
+        ctx.save_for_backward(
+            x, weight, input_range, mask if out_bound > 0 else None, seed if any(ctx.random) else None
+        )
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mask)
 
@@ -566,20 +556,8 @@ class _Matmul(Gradient):
         rule = 0.0, 1.0, False
         if (needs_x or needs_range) and (needs_weight or needs_bias):
             dx, dr, dw, dbias = _matmul_backward(
-                grad,
-                weight,
-                x,
-                None,
-                input_range,
-                ctx.slices,
-                mask,
-                *rule,
-                ctx.inp_res,
-                dtype,
-                bias_dtype,
-                *ctx.random,
-                seed,
-            )
+                grad, weight, x, None, input_range, ctx.slices, mask, *rule, ctx.inp_res, dtype, bias_dtype, *ctx.random, seed
+            )  # fmt: skip
         elif needs_x or needs_range:
             dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, *rule, -1.0, False)
         elif needs_weight or needs_bias:

@@ -13,6 +13,7 @@ import triton_analog.reference as reference
 from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import Operator
 from triton_analog.ops.adc import each_passed
+from triton_analog.ops.input_range import empty_range_grad
 from triton_analog.ops.matmul_dgrad import MatmulDgrad
 from triton_analog.ops.matmul_wgrad import MatmulWgrad
 
@@ -59,12 +60,13 @@ def _fake(
     weight: Tensor,
     x: Tensor,
     input_range: Tensor | None,
+    decay: float,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
     if input_range is not None and input_range.ndim == 1:
-        dr = torch.empty_like(input_range)
+        dr = empty_range_grad(input_range, decay)
     else:
         dr = grad.new_empty(0, dtype=check.wide_dtype(grad))
     dbias = grad.new_empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype)

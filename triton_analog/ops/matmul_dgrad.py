@@ -30,7 +30,7 @@ from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_plane, load_tile
 from triton_analog.ops.adc import each_passed
-from triton_analog.ops.input_range import launch_range_grad, range_grad_sums
+from triton_analog.ops.input_range import empty_range_grad, launch_range_grad, range_grad_sums
 from triton_analog.reference.grid import half_steps
 
 
@@ -220,7 +220,7 @@ class MatmulDgrad:
         )  # fmt: skip
 
     def range_grad(self) -> Tensor:
-        """``dr [S]``, once all slices were launched."""
+        """What :func:`launch_range_grad` gives, once all slices were launched."""
         if self.input_range is None:
             return self.parts.new_empty(0)
         M, K = self.x.shape
@@ -251,9 +251,15 @@ def launch_matmul_dgrad(
     return dgrad.dx, dgrad.range_grad(), dgrad.steps
 
 
-def _fake(grad: Tensor, x: Tensor, input_range: Tensor | None, needs_steps: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    grad: Tensor, x: Tensor, input_range: Tensor | None, decay: float, needs_steps: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     M, K = x.shape
-    dr = torch.empty_like(input_range) if input_range is not None else grad.new_empty(0, dtype=check.wide_dtype(grad))
+    dr = (
+        empty_range_grad(input_range, decay)
+        if input_range is not None
+        else grad.new_empty(0, dtype=check.wide_dtype(grad))
+    )
     return grad.new_empty(M, K), dr, grad.new_empty(M if needs_steps else 0, K)
 
 

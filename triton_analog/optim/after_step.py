@@ -6,7 +6,8 @@ since it was planned. Nothing waits for the device, and a CUDA graph may capture
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,16 @@ from triton_analog.coverage.bypassed import warn_of_gradients
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.frozen_noise import redraw_seeds
 from triton_analog.nn.matrix import AnalogMatrixLayer
+from triton_analog.nn.parts import gathered, has_master, is_dtensor, is_partitioned, numbers_in, refuse_flat
+from triton_analog.nn.parts_clip import PartsClip, clip_parts
 from triton_analog.nn.tied import layers_by_clip
 from triton_analog.nn.weight_noise import WeightNoise
 from triton_analog.ops.clip import clip_batches
 from triton_analog.optim.layers import KnownLayers
 from triton_analog.optim.masters import Masters, held
+
+GATHERED = 2**28
+"""So many numbers of weights that are in parts are whole at once: half a gigabyte in 16 bits."""
 
 
 class AfterStep:
@@ -98,13 +104,13 @@ def _weight_of(layer: AnalogLayerBase) -> nn.Parameter | None:
 
 def _state_of(layer: AnalogLayerBase, masters: Masters | None) -> Hashable:
     """Of one layer. It runs for every layer in every step."""
-    weight = _weight_of(layer)
-    if type(weight) is not nn.Parameter or not isinstance(layer, AnalogMatrixLayer):
+    weight: Any = _weight_of(layer)
+    whole = type(weight) is nn.Parameter
+    if not isinstance(layer, AnalogMatrixLayer) or not (whole or is_dtensor(weight)):
         return id(layer), *((id(parameter), parameter.requires_grad) for parameter in clipped_with(layer))
     clip = layer.rpu_config.clip
-    state = (
-        id(layer), clip.type, clip.sigma, id(layer.weight_noise_seed), id(weight), weight.requires_grad, *_place(weight),
-    )  # fmt: skip
+    place = _place(weight if whole else weight._local_tensor)
+    state = (id(layer), clip.type, clip.sigma, id(layer.weight_noise_seed), id(weight), weight.requires_grad, *place)
     return state if masters is None or not masters.has(weight) else state + _place(masters.read(weight))
 
 
@@ -116,6 +122,35 @@ def _place(tensor: Tensor) -> tuple[Hashable, ...]:
 def _is_usual(layer: AnalogLayerBase, name: str, base: type) -> bool:
     """Whether a method of ``layer`` is that of ``base``, so that its work can be done for many layers together."""
     return getattr(getattr(layer, name), "__func__", None) is getattr(base, name)
+
+
+def _refuse_lost_clip(layer: AnalogLayerBase, weight: Any, masters: Masters | None) -> None:
+    """Raise where the clip of ``layer`` would be nothing, or overwritten by what is stepped in place of the weight."""
+    if not isinstance(layer, AnalogMatrixLayer) or layer.gaussian_clip() is None:
+        return
+    refuse_flat(layer)
+    if masters is None and (has_master(weight) or is_partitioned(weight)):
+        raise ValueError(
+            f"clip.type: {layer.rpu_config.clip.type.name} asks for a clip after each step, but DeepSpeed steps copies of the "
+            "weights that this optimizer does not know; call triton_analog.optim.attach(engine, optimizer) with what "
+            "deepspeed.initialize gave"
+        )
+
+
+def _batches(layers: list[AnalogLayerBase]) -> Iterator[list[AnalogLayerBase]]:
+    """``layers`` in their order, so many at once as may be gathered together."""
+    batch: list[AnalogLayerBase] = []
+    size = 0
+    for layer in layers:
+        weight = _weight_of(layer)
+        own = 0 if weight is None else numbers_in(weight)
+        if batch and size + own > GATHERED:
+            yield batch
+            batch, size = [], 0
+        batch.append(layer)
+        size += own
+    if batch:
+        yield batch
 
 
 class _Plan:
@@ -140,16 +175,31 @@ class _Plan:
         self._clip_themselves: list[AnalogLayerBase] = []
         self._weights: list[Tensor] = []  # that take the values of
         self._copies: list[Tensor] = []  # their masters
+        self._merged: list[PartsClip] = []  # of weights whose ranks have to agree on a deviation
         weights: list[Tensor] = []
         sigmas: list[float] = []
         channel_dims: list[int | None] = []
         for first, *others in layers_by_clip(layers):
             self._clipped += others
-            weight = _weight_of(first)
+            weight: Any = _weight_of(first)
             masters = self._masters_of(weight)
+            _refuse_lost_clip(first, weight, masters)
+            usual = _is_usual(first, "clip_weights", AnalogMatrixLayer)
+            if is_dtensor(weight) and usual and masters is None:
+                self._clipped.append(first)
+                clip = first.gaussian_clip()
+                part = None if clip is None else PartsClip(weight, first.weight_index, *clip)
+                if part is not None and part.axes:
+                    self._merged.append(part)
+                elif part is not None and part.local.numel() > 0:
+                    weights.append(part.local)
+                    sigmas.append(part.sigma)
+                    channel_dims.append(part.channel_dim)
+                continue
             if (
-                type(weight) is not nn.Parameter  # of no class that keeps its numbers elsewhere, as sharded ones do
-                or not _is_usual(first, "clip_weights", AnalogMatrixLayer)
+                type(weight) is not nn.Parameter
+                or is_partitioned(weight)
+                or not usual
                 or (masters is not None and not masters.lasting)
             ):
                 self._clip_themselves.append(first)
@@ -194,8 +244,11 @@ class _Plan:
             batch.run()
         if self._copies:
             torch._foreach_copy_(self._weights, self._copies)
-        for layer in self._clip_themselves:
-            self._clip(layer)
+        clip_parts(self._merged)
+        for layers in _batches(self._clip_themselves):
+            with gathered([weight for weight in map(_weight_of, layers) if weight is not None], change=True):
+                for layer in layers:
+                    self._clip(layer)
         for clipped in self._clipped:
             clipped.note_clip()
         for drawn, seeds, parts in self._draws:

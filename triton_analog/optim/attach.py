@@ -8,14 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from triton_analog.hints import warn_user
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.outside import check_layers
 from triton_analog.optim.after_step import AfterStep, clipped_with, stepped_by
 from triton_analog.optim.decay import WithoutDecay
 from triton_analog.optim.layers import KnownLayers, layers_of
-from triton_analog.optim.masters import Masters, found_masters, given_masters, is_partitioned, may_step
-from triton_analog.optim.optimizer import AnalogOptimizer
+from triton_analog.optim.masters import Masters, found_masters, given_masters, held, may_step
+from triton_analog.optim.optimizer import AnalogOptimizer, before_compiled
+from triton_analog.optim.range_masters import RangeMasters
 
 
 def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | None = None) -> Attachment:
@@ -27,8 +29,9 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
     or the accumulation of gradients leaves out count for nothing. A CUDA graph may capture the work together with the step.
 
     Where the optimizer steps copies of the weights in higher precision (master weights), those are clipped and the weights
-    take their values. DeepSpeed's are known (ZeRO stages 1 and 2, its bf16 and fp16 optimizers); others are recognised by
-    their values if they are whole copies; else pass ``master``.
+    take their values. DeepSpeed's are known (all stages of ZeRO, its bf16 and fp16 optimizers); others are recognised by
+    their values if they are whole copies; else pass ``master``. Input ranges that are stepped so take what they have learned
+    from data into their masters, and decay there.
 
     Attaching again changes nothing and returns the same handle. Copies and pickles of the optimizer are not attached.
 
@@ -36,15 +39,15 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
         model: Holds analog layers; it may be wrapped (data parallelism, ``torch.compile``, an engine). Layers that replace
             others later are known too.
         optimizer: A torch optimizer, or what has one as its ``.optimizer``, as Accelerate's and DeepSpeed's wrappers do.
-        master: The tensor that is stepped in place of each ``layer.weight``, of its shape: a parameter of the optimizer, or a
-            view of one.
+        master: The tensor that is stepped in place of each ``layer.weight`` or ``layer.input_range``, of its shape: a parameter
+            of the optimizer, or a view of one.
 
     Raises:
         TypeError: an argument is something else.
         ValueError: ``model`` has no analog layer; the optimizer steps none of the weights that are to be clipped (or, where
             there is none, as for a frozen analog base with digital adapters, no parameter of the model), nor masters of them;
             a layer's weight was replaced by one of another shape; it is attached to some of the layers only, or with another
-            ``master``; a ``master`` does not fit; or masters are partitioned (ZeRO stage 3) or cannot be told apart.
+            ``master``; a ``master`` does not fit; or masters cannot be told apart.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module is needed")
@@ -64,13 +67,9 @@ def attach(model: nn.Module, optimizer: Any, master: Mapping[Tensor, Tensor] | N
         trained = [weight for weight in weights if weight.requires_grad]
         masters = found_masters(to_clip or trained, model.parameters(), inner)
     else:
-        masters = given_masters(master, weights, inner)
-    if any(map(is_partitioned, to_clip)):
-        raise ValueError(
-            "model: its weights are partitioned by DeepSpeed's ZeRO stage 3, where no rank has a whole weight to clip; use "
-            "stage 1 or 2, or a config without a Gaussian clip (clip.type)"
-        )
+        masters = given_masters(master, weights + _trained_ranges(layers), inner)
     _check_steps(inner, masters, to_clip, model)
+    _warn_of_ranges(layers, inner, masters)
     attachment = Attachment(model, inner, around[-1] if around else None, masters)
     attachment.start()
     return attachment
@@ -86,6 +85,7 @@ class Attachment:
         self.steps = 0
         self.model, self._optimizer, self.masters = model, optimizer, masters
         self._after_step = AfterStep(KnownLayers(model), optimizer, masters)
+        self._ranges = None if masters is None else RangeMasters(KnownLayers(model), masters)
         # What holds masters may step them part by part and copies them to the weights at the end of its own step, so its
         # steps are those that count.
         self._around = around if masters is not None else None
@@ -97,6 +97,8 @@ class Attachment:
             self._optimizer._own_hook.remove()  # until remove(), one clip is enough
         self._decay = WithoutDecay(KnownLayers(self.model), self._optimizer)
         self._hook = self._optimizer.register_step_post_hook(self)
+        self._pre_hook = self._optimizer.register_step_pre_hook(self._before)
+        self._optimizer.has_analog_steps = True  # type: ignore[attr-defined]
         if self._around is not None:
             self._around_step = self._around.step
             self._around.step = self._counted_step
@@ -106,11 +108,21 @@ class Attachment:
         if self not in _hooks(self._optimizer):
             return
         self._hook.remove()
+        self._pre_hook.remove()
+        vars(self._optimizer).pop("has_analog_steps", None)
         self._decay.remove()
         if isinstance(self._optimizer, AnalogOptimizer):
             self._optimizer._watch_steps()
         if self._around is not None and vars(self._around).get("step") == self._counted_step:
             self._around.step = self._around_step
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """The hook that the optimizer calls before each of its steps."""
+        if self._ranges is not None:
+            if self._around is None:
+                self._ranges.begin()
+            self._ranges.prepare(optimizer)
+        return before_compiled(optimizer, args, kwargs)
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The hook that the optimizer calls after each of its steps."""
@@ -120,6 +132,8 @@ class Attachment:
             self._inner_stepped = True
 
     def _counted_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ranges is not None:
+            self._ranges.begin()
         result = self._around_step(*args, **kwargs)
         if self._inner_stepped:  # not if it skipped the step
             self._inner_stepped = False
@@ -127,8 +141,27 @@ class Attachment:
         return result
 
     def _work(self) -> None:
+        if self._ranges is not None:
+            self._ranges.end()
         self._after_step()
         self.steps += 1
+
+
+def _trained_ranges(layers: list[AnalogLayerBase]) -> list[Tensor]:
+    ranges = [layer._parameters.get("input_range") for layer in layers]
+    return [range_ for range_ in ranges if range_ is not None and range_.requires_grad]
+
+
+def _warn_of_ranges(layers: list[AnalogLayerBase], optimizer: Optimizer, masters: Masters | None) -> None:
+    """Where weights have masters, ranges may have some that cannot be told apart by their values."""
+    own = {id(parameter) for parameter in held(optimizer)}
+    lost = [r for r in _trained_ranges(layers) if masters is not None and id(r) not in own and not masters.has(r)]
+    if lost:
+        warn_user(
+            f"master: the optimizer steps copies of weights, but {len(lost)} input range(s) neither as they are nor by a known "
+            "copy: what they learn from data may be overwritten by one, and they do not decay. Pass master={layer.weight: "
+            "its copy, layer.input_range: its copy, ...}, or freeze the ranges (learn_input_range = False)"
+        )
 
 
 def _clips(layer: AnalogLayerBase) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from triton_analog.nn.parts import is_stepped_elsewhere, read_master, write_master
 
 
 class Masters(NamedTuple):
@@ -29,20 +30,21 @@ def given_masters(master: Any, weights: Iterable[Tensor], optimizer: Optimizer) 
 
     Raises:
         TypeError: ``master`` is no mapping between tensors.
-        ValueError: a key is no weight of an analog layer, a master has another shape, or ``optimizer`` does not step it.
+        ValueError: a key is no weight or input range of an analog layer, a master has another shape, or ``optimizer`` does not
+            step it.
     """
     if not isinstance(master, Mapping) or not all(isinstance(t, Tensor) for pair in master.items() for t in pair):
         raise TypeError(
-            f"master: got {type(master).__name__}; a mapping from the weight of an analog layer to the tensor that the "
-            "optimizer steps in its place is needed, such as {layer.weight: its fp32 copy}"
+            f"master: got {type(master).__name__}; a mapping from the weight (or input range) of an analog layer to the tensor "
+            "that the optimizer steps in its place is needed, such as {layer.weight: its fp32 copy}"
         )
     known = {id(weight) for weight in weights}
     memory = {_memory(parameter) for parameter in held(optimizer)}
     for weight, copy in master.items():
         if id(weight) not in known:
             raise ValueError(
-                f"master: got a key of shape {tuple(weight.shape)} that is not the weight of an analog layer of this model; "
-                "the keys are the parameters layer.weight themselves"
+                f"master: got a key of shape {tuple(weight.shape)} that is not the weight of an analog layer of this model, "
+                "or its input range; the keys are the parameters layer.weight and layer.input_range themselves"
             )
         if copy.shape != weight.shape:
             raise ValueError(
@@ -62,7 +64,7 @@ def found_masters(
 ) -> Masters | None:
     """The masters of those of ``weights`` that ``optimizer`` does not hold itself; None if no weight has one.
 
-    DeepSpeed's are known to DeepSpeed (ZeRO stages 1 and 2, and its bf16 and fp16 optimizers). Other masters are parameters
+    DeepSpeed's are known to DeepSpeed (all stages of ZeRO, and its bf16 and fp16 optimizers). Other masters are parameters
     of ``optimizer`` that are not of the model, and that rounded to the dtype of just one weight equal it.
 
     Raises:
@@ -70,10 +72,8 @@ def found_masters(
     """
     held_here = {id(parameter) for parameter in held(optimizer)}
     weights = [weight for weight in weights if id(weight) not in held_here]
-    deepspeed: Any = sys.modules.get("deepspeed.utils")
-    if deepspeed is not None and any(_deepspeed_has(weight) for weight in weights):
-        read, write = deepspeed.safe_get_full_fp32_param, deepspeed.safe_set_full_fp32_param
-        return Masters(_deepspeed_has, read, write, lasting=False)
+    if any(is_stepped_elsewhere(weight) for weight in weights):
+        return Masters(is_stepped_elsewhere, read_master, write_master, lasting=False)  # type: ignore[arg-type]
     own = {id(parameter) for parameter in model_parameters}
     others = [parameter for parameter in held(optimizer) if id(parameter) not in own]
     found: dict[int, Tensor] = {}
@@ -94,7 +94,9 @@ def may_step(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
     tensors = held(optimizer)
     own = {id(tensor) for tensor in tensors}
     return any(
-        id(parameter) in own or _deepspeed_has(parameter) or any(_may_be_master(other, parameter) for other in tensors)
+        id(parameter) in own
+        or is_stepped_elsewhere(parameter)
+        or any(_may_be_master(other, parameter) for other in tensors)
         for parameter in parameters
     )
 
@@ -111,16 +113,6 @@ def _mapped(master: dict[int, Tensor]) -> Masters:
         write=lambda weight, changed: None,
         lasting=True,
     )
-
-
-def is_partitioned(weight: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO stage 3 has cut ``weight``, so that no rank holds it."""
-    return hasattr(weight, "ds_id")
-
-
-def _deepspeed_has(weight: Tensor) -> bool:
-    # On every rank, also where the mapping is None because another rank has the part with the weight.
-    return hasattr(weight, "_hp_mapping") or is_partitioned(weight)
 
 
 @torch.no_grad()

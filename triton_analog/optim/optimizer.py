@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.before_step import before_step_outside
 from triton_analog.nn.outside import check_layers
 from triton_analog.nn.programmed import refuse_chips
 from triton_analog.optim.after_step import AfterStep
@@ -51,6 +53,8 @@ class AnalogOptimizer(Optimizer):
     _own_hook: Any
     _after_step: AfterStep
     _warned_of_decay = False
+    has_analog_steps = True
+    """Whether its compiled steps are seen, too."""
 
     def __new__(cls, optimizer_class: Any, /, *args: Any, **kwargs: Any) -> AnalogOptimizer:
         return super().__new__(_subclass(_check_class(optimizer_class)))
@@ -68,6 +72,7 @@ class AnalogOptimizer(Optimizer):
     def _watch_steps(self) -> None:
         self._after_step = AfterStep(KnownLayers(self._analog_layers))
         self._own_hook = self.register_step_post_hook(_after_step)
+        self.register_step_pre_hook(before_compiled)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""
@@ -93,6 +98,11 @@ class AnalogOptimizer(Optimizer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._wrapped,), self.__getstate__()
+
+
+def before_compiled(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+    """What every optimizer does by itself before an eager step (:mod:`triton_analog.nn.before_step`), where that is compiled."""
+    return before_step_outside(optimizer, args, kwargs) if torch.compiler.is_compiling() else None
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -23,7 +23,7 @@ one H200, bf16, 8192 rows, 4096 to 4096 features in slices of 512. With Triton 3
     128 x 128 and 8 warps instead; with noise             1.11 x             1.08 x, 1.21 x
     ``matmul_dgrad``, clip and integers, 128 x 128        0.51 ms            0.55 ms
     the same, 128 x 256                                   0.45 ms            0.49 ms
-    forward with noise and ADC, 64 x 128 and 4 warps      about 0.97 ms (*)  0.96 ms
+    forward with noise and ADC, 64 x 128 and 4 warps      0.82 ms            0.74 ms
     forward with noise, no ADC, 256 x 128                 about 0.46 ms (*)  0.51 ms
     forward with neither, 256 x 128                       0.38 to 0.44 (*)   0.43 ms
     ``matmul_wgrad``, 128 x 256                           0.39 to 0.41 (*)   0.40 ms

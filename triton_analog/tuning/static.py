@@ -32,7 +32,7 @@ WORTH_IT = 1.15
 PASS_WORTH_IT = 1.5
 """The same of an element-wise operation, where the model was found to be off by up to a factor of two."""
 
-HELD = frozenset({"GROUP_M", "GROUP_N", "PREPARED", "DESCRIPTORS", "programs", "num_stages"})
+HELD = frozenset({"GROUP_M", "GROUP_N", "PREPARED", "DESCRIPTORS", "PIPELINED", "programs", "num_stages"})
 """Fields that stay the formula's, as the model cannot see what they do."""
 PRODUCTS = {
     "matmul": ("BLOCK_M", "BLOCK_K"),
@@ -76,6 +76,8 @@ def candidates(space: Space[Any], problem: Problem) -> list[Any]:
     ``PARTS`` follows from the tile: parts as large as the formula's.
     """
     formula = space.formula(problem)
+    if getattr(formula, "PIPELINED", False):  # the model knows nothing of what runs at the same time in it
+        return [formula]
     near = [config for config in space.candidates(problem) if _is_near(space, problem, formula, config)]
     if not hasattr(formula, "PARTS"):
         return near

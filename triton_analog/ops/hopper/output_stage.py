@@ -44,6 +44,20 @@ def fetch_coefficients(
 
 
 @gluon.jit
+def fetch_deviations(
+    buffers, range_ptr, noise_wmax_ptr, first_n, N, S, noise_columns, sigma, FIRST: gl.constexpr, COLUMNS: gl.constexpr
+):
+    """The deviation of the noises of all slices together, for static ranges, where :func:`fetch_coefficients` leaves one's."""
+    n = first_n + gl.arange(0, COLUMNS, layout=gl.BlockedLayout([2], [32], [4], [0]))
+    variance = n.to(gl.float32) * 0.0
+    for s in range(S):
+        wmax = gl.load(noise_wmax_ptr + s * noise_columns + n % noise_columns, mask=n < N, other=0.0).to(gl.float32)
+        deviation = sigma * gl.abs(gl.load(range_ptr + s).to(gl.float32)) * wmax
+        variance += deviation * deviation
+    buffers.index(FIRST + 1).store((gl.sqrt(variance) * POLAR_UNIT).reshape([COLUMNS // 2, 2]))
+
+
+@gluon.jit
 def range_of_row(range_ptr, s, m, M):
     """Magnitude of a dynamic range; 0 beyond the rows."""
     return gl.abs(gl.load(range_ptr + s * M + m, mask=m < M, other=0.0).to(gl.float32))
@@ -59,16 +73,17 @@ def inverse(r):
 @gluon.jit
 def finish_columns(
     products, sums, passed, ranges, inverses, buffers, counters, m, t, out_q_max,
-    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, FIRST: gl.constexpr,
-    G: gl.constexpr,
+    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, BOUND: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr,
+    FIRST: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     """:func:`finish_slice` for columns ``16 * G`` to ``16 * G + 15``, whose numbers ``products`` and ``sums`` are."""
     limit = gl.floor(t * 0.0 + out_q_max) + 0.5
     upper, lower = passed
     out = ()
     for j in gl.static_range(2):
-        factors = numbers_of_columns(buffers.index(FIRST), 2 * G + j, t)
-        steps = numbers_of_columns(buffers.index(FIRST + 2), 2 * G + j, t)
+        if BOUND:
+            factors = numbers_of_columns(buffers.index(FIRST), 2 * G + j, t)
+            steps = numbers_of_columns(buffers.index(FIRST + 2), 2 * G + j, t)
         if NOISE:
             if j == 0:
                 row, column, plane, stream, key0, key1 = counters
@@ -79,10 +94,12 @@ def finish_columns(
             radii = (radius0 * deviations[0], radius1 * deviations[1])
             directions = (cosine0, cosine1, sine0, sine1)
         for h in gl.static_range(2):
-            for l in gl.static_range(2):  # noqa: E741
-                v = products[4 * j + 2 * h + l] * factors[l]
-                if MODE == DYNAMIC_RANGE and not DAC:
-                    v *= inverses[h]
+            for l in gl.static_range(2):
+                v = products[4 * j + 2 * h + l]
+                if BOUND:
+                    v *= factors[l]
+                    if MODE == DYNAMIC_RANGE and not DAC:
+                        v *= inverses[h]
                 if NOISE:
                     v += radii[l] * directions[2 * h + l]
                 if ADC:
@@ -90,27 +107,29 @@ def finish_columns(
                     # Negative, its highest bit set, where the converter passes; NaN is positive.
                     passes = (gl.abs(v) - limit).to(gl.uint32, bitcast=True) >> 31
                     v = clamp(v, out_q_max) * steps[l]
-                else:
+                elif BOUND:
                     passes = gl.where(gl.abs(v) <= steps[l], 1, 0).to(gl.uint32)
                     v = clamp(v, steps[l])
                 if MASK and h == 0:
                     upper = (upper << 1) | passes
                 if MASK and h == 1:
                     lower = (lower << 1) | passes
-                if MODE == DYNAMIC_RANGE:
-                    v *= ranges[h]
-                out = out + (sums[4 * j + 2 * h + l] + v,)
+                if BOUND:
+                    if MODE == DYNAMIC_RANGE:
+                        v *= ranges[h]
+                    v += sums[4 * j + 2 * h + l]
+                out = out + (v,)
     return out, (upper, lower)
 
 
 @gluon.jit
 def finish_slice(
     products, sums, ranges, buffers, seed, mask_ptr, s, first_n, m, t, M, N, out_q_max,
-    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, FIRST: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, BOUND: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr,
+    FIRST: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     """``sums`` plus what one slice's ``products`` become; both as :func:`numbers_of_threads` orders them. ``ranges`` are those of
-    the thread's two rows, of which ``m`` is the first."""
+    the thread's two rows, of which ``m`` is the first. Without ``BOUND``: ``products`` with the noise of all slices."""
     row = (m // 16 * 8 + m % 8).to(gl.uint32)
     counters = (row, (first_n // 4 + t).to(gl.uint32), row * 0 + s, row * 0 + OUTPUT_STREAM, 0, 0)
     if NOISE:
@@ -128,7 +147,7 @@ def finish_slice(
         if N > g - COLUMNS:  # always; without, the compiler works on all columns at once and runs out of registers
             new, passed = finish_columns(
                 products[8 * g : 8 * g + 8], new, passed, ranges, inverses, buffers, counters, m, t, out_q_max,
-                MODE, DAC, NOISE, ADC, MASK, FIRST, g,
+                MODE, DAC, NOISE, BOUND, ADC, MASK, FIRST, g,
             )  # fmt: skip
         out = out + new
         if MASK and g % 8 == 7:
@@ -159,7 +178,7 @@ def store_rows(
                 lower = lower + (pack(v[2], v[3], DTYPE),)
             else:
                 for h in gl.static_range(2):
-                    for l in gl.static_range(2):  # noqa: E741
+                    for l in gl.static_range(2):
                         inside = (m + 8 * h < M) & (n + l < N)
                         gl.store(row + 8 * h * N + n + l, v[2 * h + l].to(DTYPE), mask=inside)
         if WIDE:

@@ -1,0 +1,136 @@
+"""The pipelined product of Hopper GPUs: compiled everywhere, and on such a GPU equal to the plain kernel's."""
+
+import re
+import subprocess
+
+import pytest
+import torch
+from helpers import seed_of
+from triton.backends.nvidia.compiler import get_ptxas
+
+from triton_analog.launch import hardware
+from triton_analog.launch.space import Problem
+from triton_analog.ops.matmul import PIPELINED, _can_be_pipelined, _plain_config, launch_matmul
+from triton_analog.tuning.inspect import _cuda_tool, compile_launch, record
+
+HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
+
+# ---- Compiled, without a GPU --------------------------------------------------------------------------------------------
+
+COMPILED = {
+    "noise and converter of one slice": {"slices": 1, "noise": True},
+    "converter of several slices": {"slices": 8, "dtype": torch.float16},
+    "noise of several slices, no bound": {"slices": 8, "noise": True, "bound": False},
+}
+
+
+def launched(slices, noise=False, bound=True, dtype=torch.bfloat16):
+    def meta(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    wmax = meta(slices, 4096, dtype=torch.float32)
+    return launch_matmul(
+        meta(8192, 4096), meta(4096, 4096), meta(4096), meta(slices, dtype=torch.float32), slices, 254.0,
+        0.04 if noise else 0.0, wmax, 10.0 if bound else 0.0, wmax, 254.0 if bound else -1.0,
+        meta(1, dtype=torch.int64), config=PIPELINED,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=COMPILED.values(), ids=COMPILED)
+def compiled_kernel(request):
+    *_, launch = record(lambda: launched(**request.param), "sm_90")
+    return compile_launch(launch, "sm_90")
+
+
+def test_products_of_the_kernel_are_asynchronous(compiled_kernel, tmp_path):
+    """ptxas says so (C7510 and following) where it has to wait for every product."""
+    source = tmp_path / "kernel.ptx"
+    source.write_text(compiled_kernel.asm["ptx"])
+    said = subprocess.run(
+        [get_ptxas(90).path, "-arch=sm_90a", "-v", source, "-o", tmp_path / "kernel.cubin"], capture_output=True, text=True
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert "registers" in said.stderr
+    assert "C75" not in said.stderr
+
+
+def test_nothing_is_spilled_while_a_product_of_the_kernel_runs(compiled_kernel, tmp_path):
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled_kernel.asm["cubin"])
+    sass = subprocess.run([_cuda_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    loops = re.findall(r"HGMMA(?:(?!gsb0, 0x0).)*?DEPBAR\.LE gsb0, 0x1", sass, re.DOTALL)
+    assert len(loops) in (2, 3), "one loop for each consumer"
+    assert not any(re.search(r"\b(LDL|STL)\b", loop) for loop in loops)
+
+
+# ---- Equal to the plain kernel's ----------------------------------------------------------------------------------------
+
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="runs on a GPU of compute capability 9.0 alone")
+SHAPES = [
+    (512, 384, 1024, 4),
+    (1000, 300, 2048, 1),
+    (200, 131, 520, 3),  # slices that begin anywhere
+    (193, 77, 27, 1),  # rows of the weight that no descriptor takes
+    (1, 8, 64, 1),
+]
+MODES = {
+    "converter": {},
+    "noise and converter": {"noise": True},
+    "dynamic": {"noise": True, "dynamic": True},
+    "dynamic, no input converter": {"dynamic": True, "inp_res": -1.0},
+    "bound": {"noise": True, "out_res": -1.0},
+    "no mask": {"needs_mask": False},
+    "no bound": {"out_bound": 0.0, "out_res": -1.0},
+    "noise, no bound": {"noise": True, "out_bound": 0.0, "out_res": -1.0},
+    "dynamic, no bound": {"dynamic": True, "out_bound": 0.0, "out_res": -1.0},
+    "NaN": {"nan": True},
+    "NaN, noise, no bound": {"noise": True, "nan": True, "out_bound": 0.0, "out_res": -1.0},
+}
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_numbers_and_mask_are_the_plain_kernel_s(shape, mode, dtype):
+    options = {
+        "noise": False,
+        "dynamic": False,
+        "inp_res": 254.0,
+        "out_bound": 2.0,
+        "out_res": 254.0,
+        "nan": False,
+    } | mode
+    M, N, K, S = shape
+    x, w = torch.randn(M, K, device="cuda", dtype=dtype), torch.randn(N, K, device="cuda", dtype=dtype) * 0.02
+    if options["nan"]:
+        x[M // 2, K // 2] = torch.nan
+        w[N // 2, K // 3] = torch.nan
+    r = 2 + torch.rand(*((S, M) if options["dynamic"] else (S,)), device="cuda")
+    r.view(-1)[-1] = 0
+    wmax, noise = 0.05 + 0.02 * torch.rand(S, N, device="cuda"), options["noise"]
+    args = (
+        x, w, torch.randn(N, device="cuda", dtype=dtype), r, S, options["inp_res"], 0.04 if noise else 0.0, wmax,
+        options["out_bound"], wmax, options["out_res"], seed_of(7, "cuda"), None, 0.0, options.get("needs_mask", True),
+    )  # fmt: skip
+    problem = Problem(
+        hardware(x.device), dtype, (M, N, -(-K // S)), (options["out_bound"] > 0, noise, options["dynamic"])
+    )
+    if not _can_be_pipelined(problem):
+        pytest.skip("a deviation for each row and column is the plain kernel's")
+    y, mask = launch_matmul(*args, config=_plain_config(problem))
+    ours, our_mask = launch_matmul(*args, config=PIPELINED)
+    assert torch.equal(y.isnan(), ours.isnan())
+    assert (y.isnan().any() and not y.isnan().all()) == options["nan"] or M * N < 100
+    # The compilers' fused multiply-adds may differ: then a number lies within a step, or a rounding, of the other one.
+    differ = (y != ours) & ~y.isnan()
+    assert differ.float().mean() < 1e-3
+    step = 2.0 * 0.07 * 3 / 127 if options["out_res"] > 0 else 0
+    torch.testing.assert_close(
+        ours.double(),
+        y.double(),
+        rtol=2**-7 if dtype == torch.bfloat16 else 2**-9,
+        atol=1e-3 + 1.05 * step,
+        equal_nan=True,
+    )
+    assert (mask != our_mask).float().mean() < 1e-3 if mask.numel() else our_mask.numel() == 0

@@ -85,6 +85,7 @@ def check_forward(io: IOParameters, has_range: bool) -> None:
     check_resolution("forward.inp_res", io.inp_res)
     check_resolution("forward.out_res", io.out_res)
     require(io.out_noise >= 0, "forward.out_noise", io.out_noise, "must be >= 0; 0 is off")
+    require(io.w_noise >= 0, "forward.w_noise", io.w_noise, "must be >= 0; 0 is off")
     for name, off in {"inp_res": -1, "out_noise": 0.0, "out_bound": 0.0, "out_res": -1}.items():
         value = getattr(io, name)
         require(

@@ -13,6 +13,7 @@ from triton_analog.config.enums import (
     WeightModifierType,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
+    WeightNoiseType,
     WeightQuantizationType,
 )
 from triton_analog.config.errors import ConfigError
@@ -85,6 +86,11 @@ class IOParameters(Section):
     """Resolution of the ADC; needs ``out_bound > 0``."""
     save_input: SavedInput = SavedInput.FULL
     """What the backward keeps of the input."""
+    w_noise: float = 0.0
+    """Standard deviation of the read noise of the weights, in units of the largest weight (of the device's largest conductance
+    on a simulated chip); drawn anew in each forward, evaluation only. 0 is off. It needs no input range."""
+    w_noise_type: WeightNoiseType = WeightNoiseType.NONE
+    """The kind of read noise."""
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Handwritten digits on simulated chips: what is left of the accuracy after a second, a day, a year.
 
-Trains the network of digits.py plainly and with the hardware in the loop, programs both into chips of phase-change memory,
-and lets time pass.
+Trains the network of digits.py plainly and with the hardware in the loop, shows what both do on their tiles, programs them
+into chips of phase-change memory, and lets time pass.
 
     python examples/chips.py
 """
@@ -15,6 +15,7 @@ import torch
 from digits import BATCH, hardware_aware, load_data, map_to_tiles, plain, train
 from tqdm import tqdm
 
+from triton_analog import analyze
 from triton_analog.inference import PCMLikeNoiseModel, evaluate
 
 
@@ -40,6 +41,9 @@ def main() -> None:
         with tqdm(total=steps, desc=f"training, {name}", unit="step") as progress:
             train(trainee, data, steps, progress)
         model = map_to_tiles(trainee[0], data) if name == "plain" else trainee[0]
+        analysis = analyze(model, [data.test_x], verbose=False)
+        print(f"\n{name}, before it is programmed:\n{analysis}\n")
+        analysis.plot(given.out / f"layers-{name}.png")
         found = evaluate(
             model, accuracy, noise_model=PCMLikeNoiseModel(), seeds=given.chips, compensation=given.compensation
         )

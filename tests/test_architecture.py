@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    "hints", "reference", "launch", "lang", "ops", "calls", "idle_arguments", "functional", "config", "nn",
-    "range_statistics", "calibrate", "surroundings", "coverage", "convert", "summary", "restore", "optim", "inference",
-    "aihwkit_bridge", "integrations", "lightning", "tuning", "version", "",
+    "hints", "tables", "reference", "launch", "lang", "ops", "calls", "idle_arguments", "functional", "config", "nn",
+    "range_statistics", "samples", "analysis", "calibrate", "surroundings", "coverage", "convert", "summary", "restore",
+    "optim", "inference", "aihwkit_bridge", "integrations", "lightning", "tuning", "version", "",
 )  # fmt: skip
 """From the ground up; each imports only what stands before it. The last one is the package's own face."""
 

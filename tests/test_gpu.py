@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triton_analog import AnalogOptimizer, TorchInferenceRPUConfig, convert_to_analog, ops, reference
+from triton_analog import AnalogOptimizer, TorchInferenceRPUConfig, analyze, convert_to_analog, ops, reference
+from triton_analog.analysis import run as analysis_run
 from triton_analog.config import WeightClipType, WeightNoiseInjectionType
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -151,3 +152,33 @@ def test_a_captured_training_step_goes_on_learning() -> None:
     for layer in model.analog_layers():
         deviation = layer.weight.float().std(dim=1, keepdim=True)
         assert (layer.weight.abs() <= 2.6 * deviation).all(), "clipped to 2.5 deviations of before the clip"
+
+
+def test_an_analysis_waits_once_and_finds_what_it_finds_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, x = everything(), torch.randn(64, 16, 200)
+    settings.forward.out_bound = 1.5
+    model = convert_to_analog(Block(200), settings)
+    expected = analyze(model, [x], verbose=False)
+    collect = analysis_run._to_host
+
+    def to_host(found: list[Tensor]) -> list[list[float]]:
+        torch.cuda.set_sync_debug_mode("default")
+        return collect(found)
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        model(batch)
+
+    analyze(model.cuda(), [x.cuda()], verbose=False)  # kernels are compiled
+    monkeypatch.setattr(analysis_run, "_to_host", to_host)
+    before = torch.cuda.get_rng_state()
+    try:
+        found = analyze(model, [x.cuda()] * 2, forward=forward, verbose=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    for ours, theirs in zip(found.layers, expected.layers, strict=True):
+        assert ours.snr_db == pytest.approx(theirs.snr_db, abs=0.1)
+        assert ours.clipped == pytest.approx(theirs.clipped, abs=1e-3)
+        assert ours.saturated == pytest.approx(theirs.saturated, abs=1e-3)
+        assert ours.kurtosis == pytest.approx(theirs.kurtosis, rel=1e-4)

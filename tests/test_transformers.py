@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from triton_analog import AnalogOptimizer, TorchInferenceRPUConfig, convert_to_analog
+from triton_analog import AnalogOptimizer, TorchInferenceRPUConfig, analyze, convert_to_analog
 from triton_analog.config import WeightClipType
 from triton_analog.nn import AnalogHFConv1D, AnalogLinear
 
@@ -234,6 +234,50 @@ def test_what_the_trainer_saves_comes_back(tmp_path: Path) -> None:
     again = hugging_face.from_pretrained(transformers.LlamaForCausalLM, tmp_path)
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, model.eval()(TOKENS).logits)
+
+
+class Log(transformers.TrainerCallback):
+    """What reporters such as TensorBoard's get, by the number of the step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[str, float]] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if any(name.startswith("analog/") for name in logs):
+            self.seen[state.global_step] = dict(logs)
+
+
+def test_the_trainer_logs_an_analysis_and_trains_as_without(tmp_path: Path) -> None:
+    states, log, batch = [], Log(), {"input_ids": TOKENS}
+    for analyzed in (False, True):
+        model = convert_to_analog(llama(tied=False), recipe())
+        run = trainer(model, tmp_path / str(analyzed), steps=5, callbacks=[log])
+        if analyzed:
+            callback = hugging_face.AnalysisCallback(run, [batch], interval=2)
+            run.add_callback(callback)
+        run.train()
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert list(log.seen) == list(callback.analyses) == [2, 4, 5]
+    found = analyze(model, [batch], verbose=False)["model.layers.0.mlp.up_proj"]
+    assert log.seen[5]["analog/model.layers.0.mlp.up_proj/snr_db"] == found.snr_db
+    assert callback.analyses[2].layers != callback.analyses[5].layers
+
+
+def test_an_analysis_that_could_not_be_logged_is_refused(tmp_path: Path) -> None:
+    run, batch = trainer(llama(), tmp_path), {"input_ids": TOKENS}
+    for arguments, kind, match in (
+        (([batch], run), TypeError, "trainer: got list"),
+        ((run, batch), TypeError, "batches: got a dict"),
+        ((run, iter([batch])), TypeError, r"only once; give list\(batches\)"),
+        ((run, []), ValueError, "batches: none given"),
+        ((run, [batch], 0), ValueError, "interval: got 0"),
+    ):
+        with pytest.raises(kind, match=match):
+            hugging_face.AnalysisCallback(*arguments)
+    run.add_callback(hugging_face.AnalysisCallback(run, [batch]))
+    with pytest.raises(ValueError, match="no analog layer"):
+        run.train()
 
 
 def test_an_analog_optimizer_goes_on_by_itself(tmp_path: Path) -> None:

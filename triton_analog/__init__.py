@@ -5,6 +5,7 @@ from triton_analog import lightning
 from triton_analog import nn as nn
 from triton_analog import ops as ops
 from triton_analog.aihwkit_bridge import export_to_aihwkit, import_from_aihwkit
+from triton_analog.analysis import analyze
 from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.convert import convert_to_analog, convert_to_digital
@@ -20,6 +21,7 @@ __all__ = [  # without nn, functional and ops: a star import would put them in t
     "InputRangeCalibrationType",
     "TorchInferenceRPUConfig",
     "analog_summary",
+    "analyze",
     "calibrate_input_ranges",
     "convert_to_analog",
     "convert_to_digital",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 import triton_analog.ops as ops
 from triton_analog.config import ConfigError, IOParameters, TorchInferenceRPUConfig
@@ -28,8 +27,16 @@ from triton_analog.range_statistics import (
     slice_maxima,
     slice_quantiles,
 )
+from triton_analog.samples import (
+    Layers,
+    analog_layers,
+    check_forward,
+    evaluating,
+    products_as,
+    run_batch,
+    with_progress,
+)
 
-Layers = dict[str, AnalogMatrixLayer]
 Statistics = dict[str, RangeStatistic]
 
 
@@ -100,7 +107,8 @@ def calibrate_input_ranges(
             or a range that the dtype of a layer cannot hold.
     """
     _check_arguments(calibration_type, quantile, max_samples, std_alpha, forward)
-    every_layer = _analog_layers(model)
+    every_layer = analog_layers(model)
+    refuse_chips(model, "calibration")
     layers = {name: layer for name, layer in every_layer.items() if not layer.rpu_config.pre_post.input_range.dynamic}
     _check_any_static(every_layer, layers)
     configs = {name: _ranged_config(name, layer.rpu_config) for name, layer in layers.items()}
@@ -108,14 +116,14 @@ def calibrate_input_ranges(
         name: _statistic(layer, calibration_type, quantile, max_samples, std_alpha, signed)
         for name, layer in layers.items()
     }
-    run = _run if forward is None else forward
+    run = partial(run_batch, argument="dataloader") if forward is None else forward
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
-        _evaluating(model),
+        evaluating(model),
         _observed(every_layer, statistics),
     ):
-        for batch in _with_progress(dataloader) if verbose else dataloader:
+        for batch in with_progress(dataloader, "calibrating input ranges") if verbose else dataloader:
             run(model, batch)
     ranges = _found_ranges(layers, statistics)
     _warn_of_others(every_layer, layers, ranges)
@@ -139,20 +147,7 @@ def _check_arguments(kind: Any, quantile: float, max_samples: int, std_alpha: fl
         raise ValueError(f"max_samples: got {max_samples}; at least 1 row is needed, such as 1000")
     if std_alpha is not None and not std_alpha > 0:
         raise ValueError(f"std_alpha: got {std_alpha}; must be > 0, or None for init_std_alpha of the config")
-    if forward is not None and not callable(forward):
-        raise TypeError(f"forward: got {forward!r}; a function forward(model, batch) is needed")
-
-
-def _analog_layers(model: Any) -> Layers:
-    """The analog layers of ``model`` by name, each once."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}; a torch.nn.Module with analog layers is needed")
-    modules = {name or type(module).__name__: module for name, module in model.named_modules()}
-    layers = {name: module for name, module in modules.items() if isinstance(module, AnalogMatrixLayer)}
-    if not layers:
-        raise ValueError("model: it has no analog layer; convert it with convert_to_analog first")
-    refuse_chips(model, "calibration")
-    return layers
+    check_forward(forward)
 
 
 def _check_any_static(every_layer: Layers, layers: Layers) -> None:
@@ -200,36 +195,18 @@ def _statistic(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module of ``model`` is in evaluation mode while it lasts, and then in the one that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def _observed(layers: Layers, statistics: Statistics) -> Iterator[None]:
-    """While it lasts, the layers hand what they multiply to their statistic (if any), and run without range and converters.
-
-    Every kind of layer multiplies in ``analog_matmul``, which recurrent ones call several times per forward. So that method
-    is hidden by an attribute of the same name; the hooks of the user are left alone.
-    """
+    """While it lasts, the layers hand what they multiply to their statistic (if any), and run without range and converters."""
     before = {name: (layer.rpu_config, layer.input_range) for name, layer in layers.items()}
+    observers = [(layers[name], partial(_observe, name, layers[name], found)) for name, found in statistics.items()]
     try:
-        for name, layer in layers.items():
+        for layer in layers.values():
             layer.rpu_config = _without_range(layer.rpu_config)
             layer.input_range = None
-            if name in statistics:
-                layer.__dict__["analog_matmul"] = partial(_observe, name, layer, statistics[name])
-        yield
+        with products_as(observers):
+            yield
     finally:
         for name, layer in layers.items():
-            layer.__dict__.pop("analog_matmul", None)
             layer.rpu_config, layer.input_range = before[name]
 
 
@@ -252,47 +229,6 @@ def _observe(name: str, layer: AnalogMatrixLayer, statistic: RangeStatistic, x: 
     if used.any():
         statistic.add(rows if used.all() else rows[used])
     return y
-
-
-def _with_progress(dataloader: Iterable[Any]) -> Iterable[Any]:
-    """``dataloader`` with a progress bar, or as it is where there is none to show."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return dataloader
-    return tqdm(dataloader, desc="calibrating input ranges", unit="batch")
-
-
-def _run(model: nn.Module, batch: Any) -> None:
-    """Hand ``model`` what it takes of a batch."""
-    match batch:
-        case PackedSequence():
-            model(batch)
-        case [tuple() | list() as args, Mapping() as kwargs]:
-            model(*args, **kwargs)
-        case [Tensor(), Mapping()]:
-            raise _no_batch(batch)  # keyword arguments, or labels
-        case Tensor() as x:
-            model(x)
-        case [Tensor() as x, *_]:
-            model(x)
-        case Mapping() as kwargs:
-            model(**kwargs)
-        case [Mapping() as kwargs, *_]:
-            model(**kwargs)
-        case _:
-            raise _no_batch(batch)
-
-
-def _no_batch(batch: Any) -> TypeError:
-    given = type(batch).__name__
-    if isinstance(batch, tuple | list):
-        given += f" of {', '.join(type(part).__name__ for part in batch)}"
-    return TypeError(
-        f"dataloader: got a batch that is a {given}; allowed are a tensor or a mapping of keyword arguments, alone or as the "
-        "first in a tuple or list (with labels), and (args, kwargs), such as ((x,), {}); for anything else give "
-        "forward=lambda model, batch: model(...)"
-    )
 
 
 # ---- Storing the ranges ---------------------------------------------------------------------------------------------------

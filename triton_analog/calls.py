@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -364,7 +364,23 @@ def linear(
     return _linear(tensors, numbers)
 
 
-def _linear(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
+def linear_and_masks(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """What :func:`linear` gives, without a gradient, and for every group its ADC's mask of saturated products (see
+    :func:`triton_analog.ops.matmul`); no masks without a bound."""
+    *tensors, numbers = arguments
+    masks: list[Tensor] = []
+
+    def product(settings: _Settings, *tensors: Any) -> Tensor:
+        y, *kept = linear_forward(*tensors, *settings.forward, True)
+        if settings.forward.out_bound > 0:
+            masks.append(kept[0])
+        return y
+
+    return _linear(tuple(tensors), numbers, product), masks
+
+
+def _linear(tensors: tuple[Any, ...], numbers: Numbers, product: Callable[..., Tensor] | None = None) -> Tensor:
+    product = product or _product
     settings = _settings_of(tensors, numbers)
     x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax = tensors
     groups, patches = numbers.groups, numbers.patches
@@ -376,14 +392,14 @@ def _linear(tensors: tuple[Any, ...], numbers: Numbers) -> Tensor:
         weight_seed = seed
     rows = x if patches is not None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if groups == 1:
-        y = _product(settings, rows, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax)
+        y = product(settings, rows, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax)
     else:
         parts = zip(
             parts_of(rows, groups, 1), parts_of(weight, groups), parts_of(bias, groups), parts_of(input_range, groups),
             parts_of(weight_clip, groups, 1), seeds_of(seed, groups), seeds_of(weight_seed, groups),
             parts_of(tile_weight, groups), parts_of(tile_wmax, groups, 1), strict=True,
         )  # fmt: skip
-        y = torch.cat([_product(settings, *part) for part in parts], -1)
+        y = torch.cat([product(settings, *part) for part in parts], -1)
     if patches is not None:
         return y.reshape(x.shape[0], *patches.places(x.shape), weight.shape[0])
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])

@@ -1,25 +1,28 @@
-"""For Hugging Face's transformers: a callback for its Trainer, analog models from what ``save_pretrained`` wrote, other
+"""For Hugging Face's transformers: callbacks for its Trainer, analog models from what ``save_pretrained`` wrote, other
 vocabularies."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from triton_analog.analysis import Analysis, analyze
 from triton_analog.integrations.checkpoint_names import as_in_model
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.outside import complaint_of_shape
 from triton_analog.optim import Attachment, attach
 from triton_analog.restore import restore_analog
+from triton_analog.samples import analog_layers, check_batches
 
 
 class AnalogCallback(TrainerCallback):
@@ -56,6 +59,60 @@ class AnalogCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.attachment is not None
         self.attachment.remove()
+
+
+class AnalysisCallback(TrainerCallback):
+    """Logs what the layers do on their tiles while a Trainer trains, so that TensorBoard and others show curves.
+
+    ``trainer.add_callback(AnalysisCallback(trainer, batches, interval=500))``: after every ``interval`` steps, and after the
+    last, :func:`triton_analog.analyze` runs on ``batches`` and the trainer logs ``analog/<layer>/snr_db``, ``.../clipped``,
+    ``.../saturated``, ``.../kurtosis`` and ``.../range_ratio``. The training goes on as it would without: modes, input ranges
+    and random numbers stay. It takes about three evaluations of the batches. Every process runs them, and the first one logs.
+
+    Args:
+        trainer: What logs. It has to be there already, as a callback has no way to it.
+        batches: A list of batches or a ``DataLoader``, which is run through each time; see :func:`~triton_analog.analyze`.
+            Tensors are moved to the device of the model.
+        interval: Optimizer steps between two analyses, ``>= 1``.
+        forward: As for :func:`~triton_analog.analyze`.
+
+    Raises:
+        TypeError: ``trainer`` cannot log, or ``batches`` can be run through only once.
+        ValueError: ``interval`` is no number of steps, or ``batches`` is empty.
+
+    ``analyses`` has what was found, by the number of the step.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        batches: Iterable[Any],
+        interval: int = 500,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        if not callable(getattr(trainer, "log", None)):
+            raise TypeError(f"trainer: got {type(trainer).__name__}; the transformers.Trainer that is to log is needed")
+        if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+            raise ValueError(f"interval: got {interval!r}; a number of steps >= 1 is needed")
+        check_batches(batches)
+        if isinstance(batches, Iterator):
+            raise TypeError(
+                f"batches: got a {type(batches).__name__}, which can be run through only once; give list(batches) or a DataLoader"
+            )
+        if isinstance(batches, Sized) and len(batches) == 0:
+            raise ValueError("batches: none given; at least one is needed, such as [batch]")
+        self.trainer, self.batches, self.interval, self.forward = trainer, batches, interval, forward
+        self.analyses: dict[int, Analysis] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        analog_layers(kwargs["model"])  # or it would end in an error only after the first interval
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.interval == 0 or state.global_step == state.max_steps:
+            batches = (send_to_device(batch, args.device) for batch in self.batches)
+            found = analyze(kwargs["model"], batches, forward=self.forward, verbose=False)
+            self.analyses[state.global_step] = found
+            self.trainer.log(found.scalars())
 
 
 def from_pretrained(model_class: Any, directory: str | Path, *, dtype: torch.dtype | None = None) -> Any:

@@ -13,7 +13,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
-Descriptor = TensorDescriptor | GluonDescriptor
 
 Slots = list[Any]
 """The tensors of one call: its inputs, then what is made from them."""
@@ -48,11 +47,11 @@ class Described(NamedTuple):
     """A tensor descriptor of a place."""
 
     place: Place
-    kind: type[Descriptor]
+    kind: type[Any]
     rest: dict[str, Any]
     """Its fields but the tensor."""
 
-    def of(self, slots: Slots) -> Descriptor:
+    def of(self, slots: Slots) -> Any:
         return self.kind(base=self.place.of(slots), **self.rest)
 
 
@@ -175,8 +174,8 @@ class DirectStart:
             (i, into, offset + by) if own == slot else (i, own, offset) for i, own, offset in self.pointers
         ]
         self.descriptors = [
-            (i, into, offset + by, *rest) if own == slot else (i, own, offset, *rest)
-            for i, own, offset, *rest in self.descriptors
+            (i, into, offset + by, kind, rest) if own == slot else (i, own, offset, kind, rest)
+            for i, own, offset, kind, rest in self.descriptors
         ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -265,26 +266,29 @@ class AnalogMatrixLayer(SavedState):
 
     # ---- Forward ------------------------------------------------------------------------------------------------------
 
-    def analog_matmul(self, x: Tensor, one_forward: OneForward | None = None) -> Tensor:
+    def analog_matmul(
+        self, x: Tensor, one_forward: OneForward | None = None, product: Callable[..., Tensor] = linear
+    ) -> Tensor:
         """``x [..., G * K]`` times the analog matrix, plus the bias: ``[..., N]``; with :attr:`patches` as
         :func:`triton_analog.functional.analog_linear` takes and gives them.
 
         In training, a stored input range first learns from ``x`` while its start-up lasts (see :class:`RangeStartup`), and
         weight noise may be that of other forwards (:class:`WeightNoise`). Calls with the same ``one_forward`` share their
-        weight (:class:`OneForward`). A refused call changes nothing.
+        weight (:class:`OneForward`). A refused call changes nothing. ``product`` is called with what is to be multiplied, as
+        :func:`triton_analog.calls.linear` takes it: who looks at that gives a function that calls it too.
 
         Raises:
             TypeError, ValueError: the input does not fit, or the weight was replaced by one of another shape.
         """
         try:
-            return self._matmul(x, one_forward)
+            return self._matmul(x, one_forward, product)
         except (TypeError, ValueError) as error:
             complaint = complaint_of_shape(self)  # which explains it better
             if complaint is None:
                 raise
             raise ValueError(complaint) from error
 
-    def _matmul(self, x: Tensor, one_forward: OneForward | None) -> Tensor:
+    def _matmul(self, x: Tensor, one_forward: OneForward | None, product: Callable[..., Tensor]) -> Tensor:
         numbers, matrix, bias = self._numbers(), self.matrix, self.bias
         if numbers.training and not self.was_called:
             vars(self)["was_called"] = True
@@ -292,7 +296,7 @@ class AnalogMatrixLayer(SavedState):
         seed = weight_seed = tile = wmax = None
         if self.programmed is not None:
             tile, wmax = self.programmed.as_(input_dtype(x), self.training)
-            return linear(x, matrix, bias, input_range, None, seed, weight_seed, tile, wmax, numbers)
+            return product(x, matrix, bias, input_range, None, seed, weight_seed, tile, wmax, numbers)
         starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(numbers)
         if starts_up or noise_lasts:
             # The call would refuse it only after the layer has changed.
@@ -315,7 +319,7 @@ class AnalogMatrixLayer(SavedState):
             seed, weight_seed, tile, wmax = self._lasting_noise(x, matrix, numbers)
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
-        return linear(x, matrix, bias, input_range, self.learnable_weight_clip, seed, weight_seed, tile, wmax, numbers)
+        return product(x, matrix, bias, input_range, self.learnable_weight_clip, seed, weight_seed, tile, wmax, numbers)
 
     def _tile_of_all(
         self, one_forward: OneForward, x: Tensor, matrix: Tensor, numbers: Numbers

@@ -21,6 +21,11 @@ class ProgrammedTile:
         """Hold nothing, until the next :meth:`fill`."""
         self._tile = self._wmax = self._cast = None
 
+    def held(self) -> Tensor:
+        """What the devices hold, ``[N, K]``: not to be changed."""
+        assert self._tile is not None
+        return self._tile
+
     def as_(self, kind: dtype, training: bool) -> tuple[Tensor, Tensor]:
         """Tile and scale for inputs of dtype ``kind``.
 

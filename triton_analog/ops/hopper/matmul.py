@@ -49,8 +49,8 @@ def swizzled(matrix: Tensor, rows: int) -> TensorDescriptor:
 
 @gluon.jit
 def consume_slice(
-    sums, s, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m, t,
-    M, N, S, steps, columns, out_q_max,
+    sums, s, stage, phase, ring, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m, t, M, N, S, steps, columns,
+    out_q_max,
     MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr, CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -60,12 +60,10 @@ def consume_slice(
         ranges = (range_of_row(range_ptr, s, m, M), range_of_row(range_ptr, s, m + 8, M))
     acc = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
     for step in range(steps):
-        acc, stage, phase = multiply_step(
-            acc, step == 0, a_buffers, b_buffers, ready, empty, stage, phase, CONSUMER, CONSUMERS, STAGES
-        )
+        acc, stage, phase = multiply_step(acc, step == 0, ring, stage, phase, CONSUMER, CONSUMERS, STAGES)
         if step == 0:  # the product runs meanwhile
             fetch_coefficients(buffers, coefficient_ptr, s, first_n, S, columns, NOISE, 3 * CONSUMER, COLUMNS)
-    acc = wait_for_product(acc, empty, stage, STAGES)
+    acc = wait_for_product(acc, ring, stage, STAGES)
     sums = finish_slice(
         numbers_of_threads(acc, COLUMNS), sums, ranges, buffers, seed, mask_ptr, s, first_n, m, t, M, N, out_q_max,
         MODE, DAC, NOISE, ADC, MASK, 3 * CONSUMER, COLUMNS,
@@ -81,9 +79,21 @@ def consumer(
 ):  # fmt: skip
     """Products and output stages of 64 rows of every tile."""
     (
-        a_buffers, b_buffers, ready, empty, buffers, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps,
-        columns, out_q_max,
-    ) = args  # fmt: skip
+        ring,
+        buffers,
+        bias_ptr,
+        range_ptr,
+        coefficient_ptr,
+        seed_ptr,
+        y_ptr,
+        mask_ptr,
+        M,
+        N,
+        S,
+        steps,
+        columns,
+        out_q_max,
+    ) = args
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
     )
@@ -102,15 +112,14 @@ def consumer(
             sums = sums + (nothing,)
         if ONE_SLICE:  # no second accumulator then
             sums, stage, phase = consume_slice(
-                sums, 0, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m,
-                t, M, N, S, steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT,
+                sums, 0, stage, phase, ring, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m, t, M, N, S, steps,
+                columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT,
             )  # fmt: skip
         else:
             for s in range(S):
                 sums, stage, phase = consume_slice(
-                    sums, s, stage, phase, a_buffers, b_buffers, ready, empty, buffers, range_ptr, coefficient_ptr, seed, mask_ptr,
-                    first_n, m, t, M, N, S, steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, CONSUMER, CONSUMERS, COLUMNS,
-                    STAGES, LAYOUT,
+                    sums, s, stage, phase, ring, buffers, range_ptr, coefficient_ptr, seed, mask_ptr, first_n, m, t, M, N, S,
+                    steps, columns, out_q_max, MODE, DAC, NOISE, ADC, MASK, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT,
                 )  # fmt: skip
         store_rows(sums, bias_ptr, y_ptr, first_n, m, t, M, N, BIAS, WIDE, COLUMNS)
 
@@ -132,11 +141,11 @@ def matmul_pipeline_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
+    ring = (a_buffers, b_buffers, ready, empty)
     args = (
-        a_buffers, b_buffers, ready, empty, buffers, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps,
-        columns, out_q_max,
+        ring, buffers, bias_ptr, range_ptr, coefficient_ptr, seed_ptr, y_ptr, mask_ptr, M, N, S, steps, columns, out_q_max
     )  # fmt: skip
-    loads = (x, w, a_buffers, b_buffers, ready, empty, M, N, K, S, steps)
+    loads = (x, w, ring, M, N, K, S, steps)
     # Constants stay constants only if they are named here.
     if CONSUMERS == 2:
         gl.warp_specialize([

@@ -79,7 +79,7 @@ def finish_columns(
             radii = (radius0 * deviations[0], radius1 * deviations[1])
             directions = (cosine0, cosine1, sine0, sine1)
         for h in gl.static_range(2):
-            for l in gl.static_range(2):  # noqa: E741
+            for l in gl.static_range(2):
                 v = products[4 * j + 2 * h + l] * factors[l]
                 if MODE == DYNAMIC_RANGE and not DAC:
                     v *= inverses[h]
@@ -159,7 +159,7 @@ def store_rows(
                 lower = lower + (pack(v[2], v[3], DTYPE),)
             else:
                 for h in gl.static_range(2):
-                    for l in gl.static_range(2):  # noqa: E741
+                    for l in gl.static_range(2):
                         inside = (m + 8 * h < M) & (n + l < N)
                         gl.store(row + 8 * h * N + n + l, v[2 * h + l].to(DTYPE), mask=inside)
         if WIDE:

@@ -1,8 +1,8 @@
 """What feeds the tensor cores: a ring of stages in shared memory, a warp that fills it and warpgroups that use it up.
 
 The kernel is persistent, one program to a multiprocessor, and the ring goes on from slice to slice and from tile to tile: while
-consumers finish a slice, the loads of the next ones arrive. A stage holds 64 columns of both operands, of the left one 64 rows for
-each consumer. ``ready[stage]`` completes when its bytes are there, ``empty[stage]`` when all consumers have read it.
+consumers finish a slice, the loads of the next ones arrive. A stage holds 64 columns of both operands, of the left one 64 rows
+for each consumer. ``ready[stage]`` completes when its bytes are there, ``empty[stage]`` when all consumers have read it.
 """
 
 from triton.experimental import gluon
@@ -44,7 +44,8 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 def producer(loads, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr):
     """Loads all tiles' blocks. In ``a`` every slice has ``steps`` whole blocks, in ``b`` as many columns as it has: what is
     loaded beyond them meets zeros in ``a``."""
-    a, b, a_buffers, b_buffers, ready, empty, M, N, K, S, steps = loads
+    a, b, ring, M, N, K, S, steps = loads
+    a_buffers, b_buffers, ready, empty = ring
     blocks_m = gl.cdiv(M, ROWS * CONSUMERS)
     blocks_n = gl.cdiv(N, COLUMNS)
     stage, phase = 0, 1
@@ -65,10 +66,10 @@ def producer(loads, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.c
 
 @gluon.jit
 def multiply_step(
-    acc, is_first, a_buffers, b_buffers, ready, empty, stage, phase,
-    CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    acc, is_first, ring, stage, phase, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
+):
     """Start the product of a stage, and give back the stage before once its product is done."""
+    a_buffers, b_buffers, ready, empty = ring
     mbarrier.wait(ready.index(stage), phase)
     a, b = a_buffers.index(stage * CONSUMERS + CONSUMER), b_buffers.index(stage).permute((1, 0))
     acc = warpgroup_mma(a, b, acc, use_acc=is_first == 0, is_async=True)
@@ -79,8 +80,8 @@ def multiply_step(
 
 
 @gluon.jit
-def wait_for_product(acc, empty, stage, STAGES: gl.constexpr):
+def wait_for_product(acc, ring, stage, STAGES: gl.constexpr):
     """Wait for all products, and give back the last stage."""
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)))
+    mbarrier.arrive(ring[3].index(gl.where(stage == 0, STAGES - 1, stage - 1)))
     return acc

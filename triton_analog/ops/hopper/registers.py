@@ -63,7 +63,7 @@ def place_of_thread(LAYOUT: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def numbers_of_columns(buffer, j, like):
-    """Of a number for each column, in shared memory as ``[columns / 2, 2]``, a thread's for ``8 * j + 2 * t`` and the next one."""
+    """Of a number for each column, in shared memory as ``[columns / 2, 2]``, a thread's for ``8 * j + 2 * t`` and the next."""
     L: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[0, 1]], lane_bases=[[1, 0], [2, 0], [0, 0], [0, 0], [0, 0]], warp_bases=[[0, 0], [0, 0]], block_bases=[],
         shape=[4, 2],
@@ -84,8 +84,8 @@ def pack(low, high, DTYPE: gl.constexpr):
 
 @gluon.jit
 def store_transposed(words, t, address, inside):
-    """``words``: four of each thread, for the pairs of columns ``8 * j + 2 * t`` and ``8 * j + 2 * t + 1`` of a row with ``j`` from 0 to
-    3. Thread ``t`` stores columns ``8 * t`` to ``8 * t + 7`` at its 16-byte aligned ``address``, if ``inside``."""
+    """``words``: four of each thread, for the columns ``8 * j + 2 * t`` and ``8 * j + 2 * t + 1`` of a row, ``j`` from 0 to 3.
+    Thread ``t`` stores columns ``8 * t`` to ``8 * t + 7`` at its 16-byte aligned ``address``, if ``inside``."""
     gl.inline_asm_elementwise(
         STORE_TRANSPOSED, "=r,r,r,r,r,r,l,r", [words[0], words[1], words[2], words[3], t, address, inside.to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,

@@ -24,6 +24,7 @@ from triton_analog.config import (
     WeightModifierParameter,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
+    WeightNoiseType,
     WeightQuantizationType,
 )
 
@@ -57,6 +58,8 @@ def with_range(**values: Any) -> TorchInferenceRPUConfig:
                 "out_bound": 0.0,
                 "out_res": -1,
                 "save_input": SavedInput.FULL,  # ours
+                "w_noise": 0.0,
+                "w_noise_type": WeightNoiseType.NONE,
             },
         ),
         (WeightClipParameter, {"sigma": -1.0, "type": WeightClipType.NONE}),
@@ -161,6 +164,7 @@ def test_converters_and_output_noise_need_an_input_range(path: str, value: float
         ("modifier.quantization_type", None),
         ("modifier.refresh", "step"),
         ("forward.save_input", "int8"),
+        ("forward.w_noise_type", "PCM_READ"),
         ("forward", {"inp_res": 254}),
     ],
 )
@@ -258,6 +262,7 @@ def full() -> TorchInferenceRPUConfig:
     return with_range(
         forward__inp_res=1 / 254, forward__out_noise=0.1, forward__out_noise_per_channel=True, forward__out_bound=12,
         forward__out_res=510, forward__save_input=SavedInput.INT8, modifier__refresh=WeightNoiseRefresh.STEP,
+        forward__w_noise=0.0175, forward__w_noise_type=WeightNoiseType.PCM_READ,
         clip__sigma=2.5, clip__type=WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL,
         modifier__std_dev=0.03, modifier__res=62, modifier__noise_type=WeightNoiseInjectionType.ADD_NORMAL,
         modifier__quantization_type=WeightQuantizationType.DISCRETIZE, mapping__max_input_size=512,

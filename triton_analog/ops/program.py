@@ -47,7 +47,8 @@ def within(v, lowest, highest):
 
 @triton.jit
 def device(
-    g, seed, read_seed, n, k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low, stuck_high, moment,
+    g, seed, read_seed, n, k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low,
+    stuck_high, moment,
     NUMBER: tl.constexpr, DRIFTS: tl.constexpr, SHIFTS: tl.constexpr, SPREADS: tl.constexpr, READS: tl.constexpr,
     STICKS: tl.constexpr, KNOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -107,8 +108,9 @@ def program_kernel(
                 wanted = v if side == 0 else -v
                 g = within((within(wanted, 0.0, full) - below) / SIGNIFICANCES[p], 0.0, span) + g_min
                 g = device(
-                    g, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest,
-                    stuck_low, stuck_high, moment, 2 * p + side, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS, COLUMNS,
+                    g, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest,
+                    highest, stuck_low, stuck_high, moment, 2 * p + side, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS,
+                    COLUMNS,
                 )  # fmt: skip
                 total += (SIGNIFICANCES[p] if side == 0 else -SIGNIFICANCES[p]) * g
             below += SIGNIFICANCES[p] * span
@@ -245,7 +247,8 @@ def program(
     check.require(
         gain is None or (gain.ndim == 2 and len(gain) == len(wmax) and gain.shape[1] in (1, weight.shape[0])),
         lambda: (
-            f"gain: got shape {check.shape_of(gain)}; allowed are ({len(wmax)}, {weight.shape[0]}) and ({len(wmax)}, 1)"
+            f"gain: got shape {None if gain is None else check.shape_of(gain)}; allowed are ({len(wmax)}, "
+            f"{weight.shape[0]}) and ({len(wmax)}, 1)"
         ),
     )
     check.seed_given(seed, True, "program")

@@ -29,6 +29,7 @@ PCM = PCMLikeNoiseModel()
 QUIET = PolynomialNoiseModel(prog_coeff=(0.0,))
 READ = PolynomialNoiseModel(prog_coeff=(0.0,), drift_mean_coeff=(0.05,), read_coeff=(0.01,))
 """Devices that all drift alike, and whose reading misses by a share of what they hold."""
+SAMPLES = 2000
 KINDS = [WeightNoiseType.ADDITIVE_CONSTANT, WeightNoiseType.PCM_READ]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -49,6 +50,19 @@ def read(layer: nn.Module, features: int, forwards: int = 1) -> Tensor:
         return torch.stack([layer(torch.eye(features)).T for _ in range(forwards)])
 
 
+def layer_of(rows: Tensor, made: Any) -> AnalogLinear:
+    """Its weight has each of ``rows`` SAMPLES times, so that a forward reads each as often."""
+    layer = AnalogLinear(rows.shape[1], len(rows) * SAMPLES, bias=False, rpu_config=made).eval()
+    with torch.no_grad():
+        layer.weight.copy_(rows.repeat(SAMPLES, 1))
+    return layer
+
+
+def samples_of(model: nn.Module, rows: Tensor) -> Tensor:
+    """What one forward sees of each of the rows of :func:`layer_of`: ``[SAMPLES, rows, K]``."""
+    return read(model, rows.shape[1])[0].unflatten(0, (SAMPLES, len(rows)))
+
+
 def errors(samples: Tensor, std: Tensor) -> Tensor:
     """How many standard errors the deviations of many samples are from ``std``."""
     return (samples.var(0).sqrt() / std - 1) * math.sqrt(2 * len(samples))
@@ -61,25 +75,25 @@ def errors(samples: Tensor, std: Tensor) -> Tensor:
 @pytest.mark.parametrize("clip", [WeightClipType.NONE, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL])
 def test_every_forward_reads_with_the_stated_deviation(kind, clip):
     """One scale for a slice, or one for each of its outputs, as the output converter's."""
-    layer = AnalogLinear(24, 5, bias=False, rpu_config=config(kind, clip__type=clip, clip__sigma=2.5)).eval()
-    samples, w = read(layer, 24, 2000), layer.weight.detach()
+    w = torch.randn(5, 24)
+    samples = samples_of(layer_of(w, config(kind, clip__type=clip, clip__sigma=2.5)), w)
     wmax = torch.stack([part.abs().amax(1) for part in w.split(12, 1)])
     if clip is WeightClipType.NONE:
         wmax = wmax.amax(1, keepdim=True).expand(2, 5)
     scale = wmax.T.repeat_interleave(12, 1)
     std = 0.02 * (scale if kind is WeightNoiseType.ADDITIVE_CONSTANT else (scale * w.abs()).sqrt())
     assert errors(samples, std).abs().max() < 5
-    assert ((samples.mean(0) - w) / std * math.sqrt(2000)).abs().max() < 5
+    assert ((samples.mean(0) - w) / std * math.sqrt(SAMPLES)).abs().max() < 5
 
 
 @every_kind
 def test_an_output_has_the_deviation_that_aihwkit_gives_it(kind):
     """AIHWKIT adds ``w_noise * norm(x)``, or ``w_noise * sqrt(abs(W) @ x**2)`` for PCM, at the output of a tile of weights
     in -1 .. 1."""
-    layer = AnalogLinear(16, 6, bias=False, rpu_config=config(kind)).eval()
-    x, w = torch.randn(1, 16), layer.weight.detach() / layer.weight.detach().abs().max()
+    x, w = torch.randn(1, 16), torch.randn(6, 16)
+    w /= w.abs().max()
     with torch.no_grad():
-        samples = torch.cat([layer(x) for _ in range(2000)]) / layer.weight.abs().max()
+        samples = layer_of(w, config(kind))(x).view(SAMPLES, 6)
     std = x.norm().expand(6) if kind is WeightNoiseType.ADDITIVE_CONSTANT else (w.abs() @ x[0] ** 2).sqrt()
     assert errors(samples, 0.02 * std).abs().max() < 5
 
@@ -206,13 +220,14 @@ def bare(**fields: Any) -> AnalogLinear:
 
 
 def test_devices_keep_their_conductance_and_are_read_anew():
-    """The deviation from forward to forward is that of the two devices of each pair; the mean is what they hold."""
-    layer = bare()
+    """A reading misses by a share of what a device holds; the mean is what it holds."""
+    w = torch.randn(6, 16)
+    layer = layer_of(w, config(WeightNoiseType.NONE, 0.0))
     chip = program(layer, READ, compensation="none", read_noise="forward").drift_to(DAY)
-    samples, held = read(chip, 16, 2000), layer.weight.detach() * ((DAY + 20) / 20) ** -0.05
+    samples, held = samples_of(chip, w), w * ((DAY + 20) / 20) ** -0.05
     std = held.abs() * 0.01 * math.sqrt(math.log((DAY + 20 + 250e-9) / 500e-9))
     assert errors(samples, std).abs().max() < 5
-    assert ((samples.mean(0) - held) / std * math.sqrt(2000)).abs().max() < 5
+    assert ((samples.mean(0) - held) / std * math.sqrt(SAMPLES)).abs().max() < 5
 
 
 @pytest.mark.parametrize("compensation", ["global", "per_column"])
@@ -222,7 +237,7 @@ def test_compensation_is_that_of_the_time(compensation):
         program(layer, PCM, compensation=compensation, read_noise=kind).drift_to(DAY) for kind in ("time", "forward")
     )
     still = program(layer, PCMLikeNoiseModel(read_noise_scale=0.0), compensation=compensation).drift_to(DAY)
-    mean = read(anew, 16, 400).mean(0)
+    mean = read(anew, 16, 60).mean(0)
     assert (mean - read(still, 16)[0]).norm() < 0.5 * (read(once, 16)[0] - read(still, 16)[0]).norm()
 
 
@@ -235,19 +250,18 @@ def test_right_after_programming_nothing_has_been_read():
 
 @every_kind
 def test_the_noise_of_the_config_is_of_the_largest_conductance(kind):
-    layer = AnalogLinear(16, 6, bias=False, rpu_config=config(kind)).eval()
-    samples = read(program(layer, QUIET), 16, 2000)  # each output's largest weight has the largest conductance
-    w = layer.weight.detach()
+    w = torch.randn(6, 16)
+    samples = samples_of(program(layer_of(w, config(kind)), QUIET), w)
+    # Each output's largest weight has the largest conductance.
     scale = w.abs().amax(1, keepdim=True).expand_as(w)
     std = 0.02 * (scale if kind is WeightNoiseType.ADDITIVE_CONSTANT else (scale * w.abs()).sqrt())
     assert errors(samples, std).abs().max() < 5
 
 
 def test_compensation_also_lifts_the_noise_of_the_config():
-    layer = AnalogLinear(16, 6, bias=False, rpu_config=config(WeightNoiseType.ADDITIVE_CONSTANT)).eval()
-    drift = PolynomialNoiseModel(prog_coeff=(0.0,), drift_mean_coeff=(0.1,))
-    samples = read(program(layer, drift).drift_to(DAY), 16, 2000)
-    std = 0.02 * layer.weight.detach().abs().amax(1, keepdim=True).expand(6, 16) * ((DAY + 20) / 20) ** 0.1
+    w, drift = torch.randn(6, 16), PolynomialNoiseModel(prog_coeff=(0.0,), drift_mean_coeff=(0.1,))
+    samples = samples_of(program(layer_of(w, config(WeightNoiseType.ADDITIVE_CONSTANT)), drift).drift_to(DAY), w)
+    std = 0.02 * w.abs().amax(1, keepdim=True).expand(6, 16) * ((DAY + 20) / 20) ** 0.1
     assert errors(samples, std).abs().max() < 5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +18,19 @@ from triton_analog.inference import PCMLikeNoiseModel, evaluate
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
-CHIPS = 10
+CHIPS = 20
 TIMES = (1.0, 3600.0, 86400.0, 365 * 86400.0)
 ERRORS = 4
 """A mean over the chips may be this many standard errors from AIHWKIT's."""
 
 
 @pytest.fixture(scope="module")
-def digits() -> Any:
+def digits() -> Iterator[Any]:
     """The network of the example on tiles of 32 inputs with 8-bit converters, and its accuracy as a metric."""
     import digits as example
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are small, and the network is the same one on every machine
     torch.manual_seed(0)
     data = example.load_data()
     trained, optimizer = example.plain()
@@ -37,7 +40,8 @@ def digits() -> Any:
     def accuracy(one: Any) -> Tensor:
         return (one(data.test_x).argmax(1) == data.test_y).float().mean() * 100
 
-    return SimpleNamespace(model=model, accuracy=accuracy)
+    yield SimpleNamespace(model=model, accuracy=accuracy)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -257,6 +257,15 @@ def test_a_misspelt_field_is_an_error_and_not_ignored() -> None:
         TorchInferenceRPUConfig().forward.input_res = 254  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("size", [512, 1, 8.0, True])
+def test_tiles_are_not_cut_along_their_outputs(size) -> None:
+    config = TorchInferenceRPUConfig()
+    config.mapping.max_output_size = 0  # no limit, as there is none
+    assert config == TorchInferenceRPUConfig()
+    with pytest.raises(ConfigError, match=rf"mapping\.max_output_size: got {size}; .*export_to_aihwkit"):
+        config.mapping.max_output_size = size
+
+
 def full() -> TorchInferenceRPUConfig:
     """A config without a single default."""
     return with_range(

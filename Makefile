@@ -27,7 +27,8 @@ test-oldest: .venv-oldest/ready  ## the tests with the oldest supported versions
 test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and train with Hugging Face's Trainer and adapters
 	.venv/bin/python -m pytest $(WORKERS) tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
 		tests/test_transformers.py tests/test_transformers_experts.py tests/test_nn_hf_conv1d.py tests/test_nn_experts.py \
-		tests/test_peft.py tests/test_accelerate.py tests/test_noise_models.py
+		tests/test_peft.py tests/test_accelerate.py tests/test_noise_models.py \
+		tests/test_read_noise.py tests/test_chips_peers.py
 
 test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs a C++ compiler)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/test_deepspeed.py tests/test_deepspeed_ranges.py

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--chips", type=int, default=10)
     parser.add_argument("--compensation", choices=["none", "global", "per_column"], default="global")
+    parser.add_argument("--read-noise", choices=["time", "forward"], default="time", help="when devices are read anew")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the plots and the numbers")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -45,8 +46,9 @@ def main() -> None:
         print(f"\n{name}, before it is programmed:\n{analysis}\n")
         analysis.plot(given.out / f"layers-{name}.png")
         found = evaluate(
-            model, accuracy, noise_model=PCMLikeNoiseModel(), seeds=given.chips, compensation=given.compensation
-        )
+            model, accuracy, noise_model=PCMLikeNoiseModel(), seeds=given.chips, compensation=given.compensation,
+            read_noise=given.read_noise,
+        )  # fmt: skip
         print(f"\n{name}: {found}\n")
         (given.out / f"chips-{name}.json").write_text(found.to_json(), "utf-8")
         found.plot(given.out / f"chips-{name}.png")

@@ -33,6 +33,8 @@ def program(
     wmax: Tensor,
     seed: Tensor,
     curves: Tensor,
+    read_seed: Tensor | None,
+    gain: Tensor | None,
     cell: str,
     significances: Sequence[float],
     g_min: float,
@@ -50,15 +52,19 @@ def program(
     N, K = weight.shape
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     curves, w = curves.to(wide), weight.to(wide)
-    scale = wmax.to(wide).expand(-1, N).repeat_interleave(
-        torch.tensor(slice_widths(K, len(wmax)), device=weight.device), 0
-    ).T  # fmt: skip
+
+    def of_weights(scale: Tensor) -> Tensor:
+        widths = torch.tensor(slice_widths(K, len(wmax)), device=weight.device)
+        return scale.to(wide).expand(-1, N).repeat_interleave(widths, 0).T
+
+    scale = of_weights(wmax)
     span = g_max - g_min
     full = sum(significances) * span
     v = torch.where(scale < TINY, 0.0, w / scale.clamp(min=TINY)).clamp(-1, 1) * full
 
     def normals(device: int, kind: int, plane: int = 0) -> Tensor:
-        return noise(seed, N, K, stream=DEVICE_STREAM + 8 * device + kind, plane=plane).to(weight.device, wide)
+        own = read_seed if kind == READ and read_seed is not None else seed
+        return noise(own, N, K, stream=DEVICE_STREAM + 8 * device + kind, plane=plane).to(weight.device, wide)
 
     def device(g: Tensor, number: int) -> Tensor:
         r = g / g_max
@@ -90,4 +96,5 @@ def program(
         total = 2 * (device((v + full) / 2 + g_min, 0) - g_min) - full
     else:
         total = torch.where(v < 0, -1.0, 1.0) * device(v.abs(), 0)
-    return (total * (scale / full)).to(weight.dtype).contiguous()
+    out = total * (scale / full)
+    return (out if gain is None else out * of_weights(gain)).to(weight.dtype).contiguous()

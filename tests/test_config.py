@@ -24,6 +24,7 @@ from triton_analog.config import (
     WeightModifierParameter,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
+    WeightNoiseType,
     WeightQuantizationType,
 )
 
@@ -59,6 +60,8 @@ def with_range(**values: Any) -> TorchInferenceRPUConfig:
                 "save_input": SavedInput.FULL,  # ours
                 "inp_noise": 0.0,
                 "inp_sto_round": False,
+                "w_noise": 0.0,
+                "w_noise_type": WeightNoiseType.NONE,
             },
         ),
         (WeightClipParameter, {"sigma": -1.0, "type": WeightClipType.NONE}),
@@ -166,6 +169,7 @@ def test_converters_and_output_noise_need_an_input_range(path: str, value: float
         ("modifier.quantization_type", None),
         ("modifier.refresh", "step"),
         ("forward.save_input", "int8"),
+        ("forward.w_noise_type", "PCM_READ"),
         ("forward", {"inp_res": 254}),
     ],
 )
@@ -258,12 +262,22 @@ def test_a_misspelt_field_is_an_error_and_not_ignored() -> None:
         TorchInferenceRPUConfig().forward.input_res = 254  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("size", [512, 1, 8.0, True])
+def test_tiles_are_not_cut_along_their_outputs(size) -> None:
+    config = TorchInferenceRPUConfig()
+    config.mapping.max_output_size = 0  # no limit, as there is none
+    assert config == TorchInferenceRPUConfig()
+    with pytest.raises(ConfigError, match=rf"mapping\.max_output_size: got {size}; .*export_to_aihwkit"):
+        config.mapping.max_output_size = size
+
+
 def full() -> TorchInferenceRPUConfig:
     """A config without a single default."""
     return with_range(
         forward__inp_res=1 / 254, forward__inp_noise=0.1, forward__inp_sto_round=True,
         forward__out_noise=0.1, forward__out_noise_per_channel=True, forward__out_bound=12,
         forward__out_res=510, forward__save_input=SavedInput.INT8, modifier__refresh=WeightNoiseRefresh.STEP,
+        forward__w_noise=0.0175, forward__w_noise_type=WeightNoiseType.PCM_READ,
         clip__sigma=2.5, clip__type=WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL,
         modifier__std_dev=0.03, modifier__res=62, modifier__noise_type=WeightNoiseInjectionType.ADD_NORMAL,
         modifier__quantization_type=WeightQuantizationType.DISCRETIZE, mapping__max_input_size=512,

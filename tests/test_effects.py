@@ -22,6 +22,7 @@ from triton_analog.config import (
     WeightClipType,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
+    WeightNoiseType,
     WeightQuantizationType,
 )
 from triton_analog.functional import analog_linear, modified_weight
@@ -66,6 +67,8 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("clip.sigma", {"clip.sigma": 2.5, "clip.type": WeightClipType.LEARNABLE_PER_CHANNEL}, "LEARNABLE_PER_CHANNEL"),
     ("forward.inp_sto_round", ON | {"forward.inp_sto_round": True}, "forward.inp_res is off"),
     ("forward.out_noise_per_channel", ON | {"forward.out_noise_per_channel": True}, "forward.out_noise is 0"),
+    ("forward.w_noise", {"forward.w_noise": 0.02}, "forward.w_noise_type is NONE"),
+    ("forward.w_noise_type", {"forward.w_noise_type": WeightNoiseType.PCM_READ}, "forward.w_noise is 0"),
     (f"{RANGE}dynamic", {f"{RANGE}dynamic": True}, "enable is False"),
     (f"{RANGE}fast_mode", {f"{RANGE}fast_mode": True}, "enable is False"),
     *((RANGE + name, {RANGE + name: value}, "enable is False") for name, value in OF_RANGE.items()),
@@ -108,6 +111,7 @@ def test_a_setting_that_cannot_act_is_named_with_its_value_the_reason_and_a_reme
         ON | {"forward.out_noise": 0.1, "forward.out_noise_per_channel": True, "forward.out_bound": 10.0,
               "forward.inp_res": 254, "forward.out_res": 1 / 254},
         {"mapping.max_input_size": 512},
+        {"forward.w_noise": 0.02, "forward.w_noise_type": WeightNoiseType.ADDITIVE_CONSTANT},
     ],
 )  # fmt: skip
 def test_what_acts_is_not_warned_of(values: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ from triton_analog.config import (
     WeightClipType,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
+    WeightNoiseType,
     WeightQuantizationType,
 )
 from triton_analog.convert import convert_to_analog
@@ -321,6 +322,12 @@ def test_output_noise_of_another_scale_is_refused(aihwkit):
         ConfigError, match=r"^0: forward.out_noise_per_channel: got False.*set it to True, or .*out_noise=False"
     ):
         export_to_aihwkit(model, out_noise=True)
+
+
+def test_read_noise_of_weights_is_refused(aihwkit):
+    noise = {"forward.w_noise": 0.02, "forward.w_noise_type": WeightNoiseType.PCM_READ}
+    with pytest.raises(ConfigError, match=r"^0: forward.w_noise: got 0\.02, .* set it to 0"):
+        export_to_aihwkit(make_model(make_config(noise)))
 
 
 @pytest.mark.parametrize("kind", ["ADD_NORMAL", "ADD_NORMAL_PER_CHANNEL"])

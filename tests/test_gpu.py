@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from triton_analog import AnalogOptimizer, TorchInferenceRPUConfig, analyze, convert_to_analog, ops, reference
 from triton_analog.analysis import run as analysis_run
-from triton_analog.config import WeightClipType, WeightNoiseInjectionType
+from triton_analog.config import WeightClipType, WeightNoiseInjectionType, WeightNoiseType
+from triton_analog.inference import PCMLikeNoiseModel, program
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -182,3 +183,33 @@ def test_an_analysis_waits_once_and_finds_what_it_finds_on_a_cpu(monkeypatch: py
         assert ours.clipped == pytest.approx(theirs.clipped, abs=1e-3)
         assert ours.saturated == pytest.approx(theirs.saturated, abs=1e-3)
         assert ours.kurtosis == pytest.approx(theirs.kurtosis, rel=1e-4)
+
+
+@pytest.mark.parametrize("read_noise", ["time", "forward"])
+def test_a_captured_forward_in_evaluation_reads_anew_and_never_waits(read_noise) -> None:
+    """Read noise of the configs, and of the devices of a chip: no two replays are the same, and torch's seed repeats them."""
+    config = everything()
+    config.forward.w_noise, config.forward.w_noise_type = 0.02, WeightNoiseType.PCM_READ
+    model = convert_to_analog(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)), config).cuda().eval()
+    chip = program(model, PCMLikeNoiseModel(), read_noise=read_noise).drift_to(3600.0)
+    x = torch.randn(32, 256, device="cuda")
+    with torch.no_grad():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2):
+                chip(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = chip(x)
+        outputs = []
+        for seed in (0, None, 0):
+            if seed is not None:
+                torch.manual_seed(seed)
+            graph.replay()
+            outputs.append(y.clone())
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert 1e-3 < (outputs[0] - outputs[1]).norm() / outputs[0].norm() < 0.5

@@ -39,7 +39,8 @@ def samples():
     device = (0.0, 25.0, 3.0, 4.0, -0.1, 0.2, 0.0, 50.0, -2.0, 2.0, 1)
     return [
         ("noise", (seed, 3, 17, 2, 0)),
-        ("program", (weight, wmax, seed, torch.rand(8, 4), "pair", (1.0, 2.0), *device)),
+        ("program", (weight, wmax, seed, torch.rand(8, 4), None, None, "pair", (1.0, 2.0), *device)),
+        ("program", (weight, wmax, seed, torch.rand(8, 4), seed + 1, wmax[:, :1], "pair", (1.0,), *device)),
         ("absmax", (x, SLICES)),
         ("moments", (x, SLICES, None)),
         ("moments", (x.T, SLICES, torch.tensor([True, False, True]))),

@@ -137,6 +137,30 @@ def test_times_share_their_devices_and_not_their_readings(backend, device):
     assert not torch.equal(at(2.0, 3.0, 1), at(2.0, 3.0, 2))
 
 
+def test_a_reading_with_a_seed_of_its_own_is_another_reading_of_the_same_devices(backend, device):
+    w, wmax = operands(1, device)
+    arguments = seed_of(5, device), curves(device)
+    assert torch.equal(
+        ops.program(w, wmax, *arguments, read_seed=seed_of(5, device), **AGED), ops.program(w, wmax, *arguments, **AGED)
+    )
+    one, other = (ops.program(w, wmax, *arguments, read_seed=seed_of(s, device), **AGED) for s in (6, 7))
+    assert not torch.equal(one, other)
+    still = AGED | {"read": 0.0}
+    assert torch.equal(
+        ops.program(w, wmax, *arguments, read_seed=seed_of(6, device), **still),
+        ops.program(w, wmax, *arguments, **still),
+    )
+
+
+@pytest.mark.parametrize("columns", [1, ROWS])
+def test_a_gain_multiplies_what_is_held(columns, backend, device):
+    w, wmax = operands(2, device)
+    arguments, gain = (seed_of(5, device), curves(device)), torch.rand(2, columns, device=device) + 0.5
+    plain = ops.program(w, wmax, *arguments, **AGED)
+    expected = torch.cat([plain[:, :23] * gain[0, :, None], plain[:, 23:] * gain[1, :, None]], 1)
+    torch.testing.assert_close(ops.program(w, wmax, *arguments, gain=gain, **AGED), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_one_scale_for_a_slice(backend, device):
     w, wmax = operands(2, device)
     largest = wmax.amax(1, keepdim=True)
@@ -169,6 +193,7 @@ BAD = [
     ({"curves": torch.zeros(1, 4)}, "curves: got torch.float32"),
     ({"curves": torch.zeros(8, 4).double()}, "curves: got torch.float64"),
     ({"wmax": torch.ones(2, 3)}, "wmax: got shape"),
+    ({"gain": torch.ones(1, 1)}, "gain: got shape"),
 ]
 
 

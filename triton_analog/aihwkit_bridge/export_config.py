@@ -14,6 +14,7 @@ from triton_analog.config import (
     WeightNoiseInjectionType,
     WeightQuantizationType,
 )
+from triton_analog.nn.read_noise import reads
 from triton_analog.nn.settings import GAUSSIAN_CLIP, keeps_noise, learns_clip, settings
 
 RANGE_FIELDS = ("learn_input_range", "init_value", "init_from_data", "init_std_alpha", "decay", "input_min_percentage")
@@ -63,10 +64,16 @@ def export_config(
         note: Takes a sentence on what acts differently in training.
 
     Raises:
-        ConfigError: output noise was asked for but has another scale than the ADC or the weight noise.
+        ConfigError: output noise was asked for but has another scale than the ADC or the weight noise; or weights are read
+            with noise.
     """
     ours = settings(config)
     io, modifier, range_ = config.forward, config.modifier, config.pre_post.input_range
+    if reads(io):
+        raise ConfigError(
+            f"{layer or '(root)'}: forward.w_noise: got {io.w_noise}, which AIHWKIT's torch tiles do not have; set it to 0 for "
+            "the export"
+        )
     noise_on = modifier.noise_type is not WeightNoiseInjectionType.NONE and modifier.std_dev > 0
     noise_per_channel = modifier.noise_type is WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL
     has_out_noise = out_noise and io.out_noise > 0

@@ -10,6 +10,7 @@ from triton_analog.config.enums import (
     WeightModifierType,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
+    WeightNoiseType,
     WeightQuantizationType,
 )
 from triton_analog.config.errors import ConfigError
@@ -39,6 +40,7 @@ __all__ = [
     "WeightModifierType",
     "WeightNoiseInjectionType",
     "WeightNoiseRefresh",
+    "WeightNoiseType",
     "WeightQuantizationType",
     "changes",
 ]

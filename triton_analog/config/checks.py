@@ -84,7 +84,7 @@ def check_input_range(range_: InputRangeParameter) -> None:
 def check_forward(io: IOParameters, has_range: bool) -> None:
     check_resolution("forward.inp_res", io.inp_res)
     check_resolution("forward.out_res", io.out_res)
-    for name in ("inp_noise", "out_noise"):
+    for name in ("inp_noise", "out_noise", "w_noise"):
         value = getattr(io, name)
         require(value >= 0, f"forward.{name}", value, "must be >= 0; 0 is off")
     for name, off in {"inp_res": -1, "inp_noise": 0.0, "out_noise": 0.0, "out_bound": 0.0, "out_res": -1}.items():

@@ -6,7 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from triton_analog.config.enums import WeightClipType, WeightNoiseInjectionType, WeightQuantizationType
+from triton_analog.config.enums import (
+    WeightClipType,
+    WeightNoiseInjectionType,
+    WeightNoiseType,
+    WeightQuantizationType,
+)
 from triton_analog.hints import bits_for_steps, warn_user
 
 
@@ -50,6 +55,18 @@ def without_effect(config: Any) -> list[Remark]:
         )
     if not io.out_noise > 0:
         note("forward.out_noise_per_channel", "forward.out_noise is 0", "set forward.out_noise, or leave this False")
+    if io.w_noise_type is WeightNoiseType.NONE:
+        note(
+            "forward.w_noise",
+            "forward.w_noise_type is NONE",
+            "set forward.w_noise_type = WeightNoiseType.ADDITIVE_CONSTANT or PCM_READ, or forward.w_noise = 0",
+        )
+    if not io.w_noise > 0:
+        note(
+            "forward.w_noise_type",
+            "forward.w_noise is 0",
+            "set forward.w_noise, such as 0.0175, or forward.w_noise_type = WeightNoiseType.NONE",
+        )
     if clip.sigma > 0 and clip.type in (WeightClipType.NONE, WeightClipType.LEARNABLE_PER_CHANNEL):
         note(
             "clip.sigma",

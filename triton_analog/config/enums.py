@@ -52,6 +52,17 @@ class WeightNoiseInjectionType(SpelledEnum):
     """Gaussian, scaled by the largest weight of each output channel in the slice."""
 
 
+class WeightNoiseType(SpelledEnum):
+    """Read noise of the weights in evaluation, of deviation ``forward.w_noise``."""
+
+    NONE = "None"
+    """No noise."""
+    ADDITIVE_CONSTANT = "AdditiveConstant"
+    """The same deviation for every weight."""
+    PCM_READ = "PCMRead"
+    """That of phase-change memory: grows with the root of the weight's magnitude."""
+
+
 class WeightNoiseRefresh(SpelledEnum):
     """How long weight noise lasts."""
 

@@ -13,6 +13,7 @@ from triton_analog.config.enums import (
     WeightModifierType,
     WeightNoiseInjectionType,
     WeightNoiseRefresh,
+    WeightNoiseType,
     WeightQuantizationType,
 )
 from triton_analog.config.errors import ConfigError
@@ -99,6 +100,11 @@ class IOParameters(Section):
     inp_sto_round: bool = False
     """Let the DAC round up with the probability of the fraction instead of to the nearest step, in training and
     evaluation; needs ``inp_res``."""
+    w_noise: float = 0.0
+    """Standard deviation of the read noise of the weights, in units of the largest weight (of the device's largest conductance
+    on a simulated chip); drawn anew in each forward, evaluation only. 0 is off. It needs no input range."""
+    w_noise_type: WeightNoiseType = WeightNoiseType.NONE
+    """The kind of read noise."""
 
 
 @dataclass(slots=True)
@@ -192,6 +198,24 @@ class MappingParameter(Section):
 
     max_input_size: int = -1
     """Most input features a tile takes; more are cut into nearly equal slices. ``<= 0`` is no limit."""
+
+    @property
+    def max_output_size(self) -> int:
+        """-1, no limit: a tile has all outputs of a layer. Another one raises.
+
+        Raises:
+            ConfigError: set to a limit.
+        """
+        return -1
+
+    @max_output_size.setter
+    def max_output_size(self, value: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value > 0:
+            raise ConfigError(
+                f"mapping.max_output_size: got {value!r}; tiles are not cut along their outputs here, as scales per channel "
+                "would stay the same and those per slice are of all outputs; take kinds PER_CHANNEL and leave it at -1, and "
+                "give the limit to export_to_aihwkit(model, max_output_size=...), which cuts"
+            )
 
 
 @dataclass(slots=True)

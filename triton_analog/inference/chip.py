@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ from triton_analog.nn.base import named_analog_layers
 from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.parts import refuse_parts
 from triton_analog.nn.programmed import ProgrammedTile
+from triton_analog.nn.read_noise import largest_of_slices
 from triton_analog.nn.weight_noise import TILE_SETTINGS
+
+ReadNoise = Literal["time", "forward"]
+READ_NOISES = ("time", "forward")
 
 
 def program(
@@ -30,6 +35,7 @@ def program(
     *,
     compensation: Compensation = "global",
     per_channel: bool = True,
+    read_noise: ReadNoise = "time",
 ) -> Chip:
     """Program the analog layers of ``model`` into a chip, and give the model that computes on it.
 
@@ -45,17 +51,21 @@ def program(
             outputs, both digitally and behind the ADC; ``"none"`` leaves it.
         per_channel: Whether the largest weight of each output of a tile takes a device's largest conductance, as AIHWKIT's
             channel-wise mapping does, or only the largest weight of the whole tile.
+        read_noise: How often the noise model's read noise is drawn: ``"time"``, once for each time, from ``seed`` (AIHWKIT's);
+            ``"forward"``, anew in each forward, from torch's default generator, which makes the weight anew each time. Noise of
+            the reading beside it, as AIHWKIT's ``forward.w_noise``, is in the configs of the layers.
 
     Raises:
         TypeError: an argument is something else.
-        ValueError: ``model`` has no analog layers, is a chip already, or holds weights that a process has a part of only.
+        ValueError: ``read_noise`` is ``"forward"`` and the noise model has none; or ``model`` has no analog layers, is a chip
+            already, or holds weights that a process has a part of only.
     """
-    check_programmable(model, noise_model, seed, compensation, per_channel)
-    return Chip(model, noise_model, seed, compensation, per_channel)
+    check_programmable(model, noise_model, seed, compensation, per_channel, read_noise)
+    return Chip(model, noise_model, seed, compensation, per_channel, read_noise)
 
 
 def check_programmable(
-    model: nn.Module, noise_model: NoiseModel, seed: int, compensation: str, per_channel: bool
+    model: nn.Module, noise_model: NoiseModel, seed: int, compensation: str, per_channel: bool, read_noise: str
 ) -> None:
     """:func:`program` will take its arguments.
 
@@ -73,6 +83,13 @@ def check_programmable(
     if compensation not in COMPENSATIONS:
         near = did_you_mean(str(compensation), COMPENSATIONS, "", lead="; ")
         raise ValueError(f"compensation: got {compensation!r}; allowed are {', '.join(map(repr, COMPENSATIONS))}{near}")
+    if read_noise not in READ_NOISES:
+        raise ValueError(f"read_noise: got {read_noise!r}; allowed are {', '.join(map(repr, READ_NOISES))}")
+    if read_noise == "forward" and not noise_model.has_read_noise:
+        raise ValueError(
+            f"read_noise: got 'forward', but {type(noise_model).__name__} has no read noise; take 'time', and for noise of each "
+            "forward set forward.w_noise and w_noise_type in the configs of the layers"
+        )
     if not isinstance(per_channel, bool):
         raise TypeError(f"per_channel: got {per_channel!r}; True or False is needed")
     layers = dict(_layers(model))
@@ -97,7 +114,13 @@ class Chip(nn.Module):
     """Seconds since the end of programming; None until :meth:`drift_to`, when nothing has been read yet."""
 
     def __init__(
-        self, model: nn.Module, noise_model: NoiseModel, seed: int, compensation: Compensation, per_channel: bool
+        self,
+        model: nn.Module,
+        noise_model: NoiseModel,
+        seed: int,
+        compensation: Compensation,
+        per_channel: bool,
+        read_noise: ReadNoise,
     ) -> None:
         super().__init__()
         self.noise_model, self.seed, self.time = noise_model, seed, None
@@ -110,7 +133,7 @@ class Chip(nn.Module):
             shared = id(layer) if source is None else (id(source), layer.weight_index)
             key = shared, str(layer.rpu_config.to_dict())
             if key not in known:
-                known[key] = _Cells(name, number, layer, seed, compensation, per_channel)
+                known[key] = _Cells(name, number, layer, seed, compensation, per_channel, read_noise)
                 self._cells.append(known[key])
             layer.programmed = known[key].tile
         self._set(None)
@@ -195,9 +218,16 @@ class _Cells:
     """The cells of one weight: what they should hold, and the tile that shows what they do."""
 
     def __init__(
-        self, name: str, number: int, layer: AnalogMatrixLayer, seed: int, compensation: Compensation, per_channel: bool
+        self,
+        name: str,
+        number: int,
+        layer: AnalogMatrixLayer,
+        seed: int,
+        compensation: Compensation,
+        per_channel: bool,
+        read_noise: ReadNoise,
     ) -> None:
-        self.name, self.compensation = name, compensation
+        self.name, self.compensation, self.read_noise = name, compensation, read_noise
         self._source = layer.weight_source
         self._version = 0 if self._source is None else self._source._version
         settings = {key: value for key, value in layer._numbers()._asdict().items() if key in TILE_SETTINGS}
@@ -213,8 +243,7 @@ class _Cells:
             )
             self.scale = ops.absmax(self.wanted, layer.slices)  # rounding may have lifted a weight above wmax
         if not per_channel:
-            groups = self.scale.unflatten(1, (layer.groups, -1))
-            self.scale = groups.amax(2, keepdim=True).expand_as(groups).flatten(1)
+            self.scale = largest_of_slices(self.scale, layer.groups)
         # By its place among the layers: names change when a model is wrapped or compiled.
         words = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
         self.seed = torch.tensor([int.from_bytes(words, "little") >> 1], dtype=torch.int64, device=self.wmax.device)
@@ -244,17 +273,22 @@ class _Cells:
     def set(self, curves: Tensor, arguments: dict[str, Any], first: bool) -> None:
         """Make the tile anew; ``first`` right after programming."""
         self.tile.drop()  # before the next one is made: only one at a time
-        tile, wmax = ops.program(self.wanted, self.scale, self.seed, curves, **arguments), self.wmax
+        make = partial(ops.program, self.wanted, self.scale, self.seed, curves, **arguments)
+        tile, wmax, scale, gain = make(), self.wmax, self.scale, None
         if self.compensation != "none":
             now = readout(tile, wmax, self.compensation)
             if first:
                 self.baseline = now
             else:
                 assert self.baseline is not None
-                factors = self.baseline / now
-                scale_slices(tile, factors)
-                wmax = wmax * factors  # the bound of the ADC, so that its integers stay what they are
-        self.tile.fill(tile, wmax)
+                gain = self.baseline / now
+                scale_slices(tile, gain)
+                wmax, scale = (
+                    wmax * gain,
+                    scale * gain,
+                )  # also the bound of the ADC, so that its integers stay what they are
+        reads_again = self.read_noise == "forward" and arguments.get("read", 0.0) > 0
+        self.tile.fill(tile, wmax, scale, partial(make, gain=gain) if reads_again else None)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, AnalogMatrixLayer]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_analog.inference.chip import Chip, check_programmable, program
+from triton_analog.inference.chip import Chip, ReadNoise, check_programmable, program
 from triton_analog.inference.compensation import Compensation
 from triton_analog.inference.noise_model import DAY, NoiseModel
 
@@ -93,6 +93,7 @@ def evaluate(
     seeds: int | Sequence[int] = 10,
     compensation: Compensation = "global",
     per_channel: bool = True,
+    read_noise: ReadNoise = "time",
     verbose: bool = True,
 ) -> Evaluation:
     """Program chip after chip with ``model``, let time pass, and take ``metric`` of each.
@@ -103,7 +104,8 @@ def evaluate(
         noise_model: Of the devices.
         times: Seconds since the end of programming.
         seeds: Of the chips, or their number.
-        compensation, per_channel: As :func:`program` takes them.
+        compensation, per_channel, read_noise: As :func:`program` takes them. Where forwards draw noise of their own,
+            ``torch.manual_seed`` before the call makes it the same again.
         verbose: Show a progress bar, if tqdm is installed (``pip install 'triton-analog[calibration]'``).
 
     Raises:
@@ -118,7 +120,7 @@ def evaluate(
         raise ValueError("times: none given; seconds since the end of programming are needed")
     if not callable(metric):
         raise TypeError(f"metric: got {type(metric).__name__}; a function of a model that gives a number is needed")
-    check_programmable(model, noise_model, chosen[0], compensation, per_channel)
+    check_programmable(model, noise_model, chosen[0], compensation, per_channel, read_noise)
     for time in times:
         noise_model.check_time(time)
     ideal = _ideal(model, metric)
@@ -126,7 +128,9 @@ def evaluate(
     with _progress(len(chosen) * len(times), verbose) as bar:
         for seed in chosen:
             chip = None  # before the next one is made: only one at a time
-            chip = program(model, noise_model, seed, compensation=compensation, per_channel=per_channel)
+            chip = program(
+                model, noise_model, seed, compensation=compensation, per_channel=per_channel, read_noise=read_noise
+            )
             found = []
             for time in times:
                 found.append(_number(metric, chip.drift_to(time)))

@@ -115,6 +115,11 @@ class NoiseModel(ABC):
         """Deviation of the read noise as a share of the conductance, per ``sqrt(ln((t + t_0 + t_read) / (2 t_read)))``."""
         return torch.zeros_like(r)
 
+    @property
+    def has_read_noise(self) -> bool:
+        """Whether there is any at any conductance."""
+        return bool(self._curves(self.times[0] if self.times else 0.0)[:, 3].any())
+
     # ---- What the operation takes -------------------------------------------------------------------------------------
 
     def _curves(self, time: float | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+import triton_analog.ops as ops
 from triton_analog.calls import Numbers, check_input, input_dtype, linear
 from triton_analog.config import (
     ConfigError,
@@ -28,6 +29,7 @@ from triton_analog.nn.outside import complaint_of_shape
 from triton_analog.nn.parts import is_managed, refuse_flat, whole_of
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.range_shift import SHIFTS
+from triton_analog.nn.read_noise import largest_of_slices, read, reads
 from triton_analog.nn.saved_state import SavedState
 from triton_analog.nn.settings import (
     GAUSSIAN_CLIP,
@@ -333,7 +335,12 @@ class AnalogMatrixLayer(SavedState):
         input_range: Tensor | None = self.input_range
         seed = weight_seed = tile = wmax = None
         if self.programmed is not None:
-            tile, wmax = self.programmed.as_(input_dtype(x), self.training)
+            if one_forward is None:
+                tile, wmax = self._read(x, matrix, numbers)
+            else:
+                if one_forward.tile is None:
+                    one_forward.tile = self._read(x, matrix, numbers)
+                tile, wmax = one_forward.tile
             return product(x, matrix, bias, input_range, None, seed, weight_seed, tile, wmax, numbers)
         starts_up, noise_lasts = self._range_starts_up(), self._noise_lasts(numbers)
         if starts_up or noise_lasts:
@@ -360,6 +367,8 @@ class AnalogMatrixLayer(SavedState):
                 seed = one_forward.seed(x.device)
         elif noise_lasts:
             seed, weight_seed, tile, wmax = self._lasting_noise(x, matrix, numbers)
+        elif not numbers.training and reads(self.rpu_config.forward):
+            tile, wmax = self._read(x, matrix, numbers)
         if self.training and self.rpu_config.clip.type in GAUSSIAN_CLIP:
             self._watch_for_the_clip()
         clip = self.learnable_weight_clip
@@ -392,6 +401,8 @@ class AnalogMatrixLayer(SavedState):
         self, one_forward: OneForward, x: Tensor, matrix: Tensor, numbers: Numbers
     ) -> tuple[Tensor | None, Tensor | None]:
         """The weight of the tiles and its scale for calls that share them; None where the stored weight will do."""
+        if not numbers.training and reads(self.rpu_config.forward):
+            return self._read(x, matrix, numbers)
         clip, dtype = self.learnable_weight_clip, input_dtype(x)
         settings = {name: getattr(numbers, name) for name in TILE_SETTINGS}
         seed = None
@@ -407,6 +418,21 @@ class AnalogMatrixLayer(SavedState):
             if not (is_modified or numbers.out_noise > 0 or numbers.out_bound > 0):
                 return None, None
         return modified_weight(matrix, weight_clip=clip, seed=seed, dtype=dtype, **settings)
+
+    def _read(self, x: Tensor, matrix: Tensor, numbers: Numbers) -> tuple[Tensor, Tensor]:
+        """The weight of the tiles as one forward in evaluation reads it, and the scale of their converters."""
+        clip, kind, io = self.learnable_weight_clip, input_dtype(x), self.rpu_config.forward
+        if self.programmed is not None:
+            tile, wmax, scale = self.programmed.as_(kind, self.training)
+        else:
+            if clip is None and numbers.weight_quantization == "none" and kind == matrix.dtype:
+                tile = matrix.detach()
+                wmax = ops.absmax(tile, self.slices)
+            else:
+                settings = {name: getattr(numbers, name) for name in TILE_SETTINGS} | {"weight_noise": "none"}
+                tile, wmax = modified_weight(matrix, weight_clip=clip, dtype=kind, **settings)
+            scale = wmax if numbers.out_bound_per_channel else largest_of_slices(wmax, self.groups)
+        return (read(tile, scale, io) if reads(io) else tile), wmax
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"slices={self.get_split_sizes()}", *self.rpu_config.marked_changes()]

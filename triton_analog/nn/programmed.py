@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, dtype, nn
+
+from triton_analog.calls import draw_seed
 
 
 class ProgrammedTile:
@@ -11,23 +15,26 @@ class ProgrammedTile:
     def __init__(self) -> None:
         self._tile: Tensor | None = None
         self._wmax: Tensor | None = None
+        self._scale: Tensor | None = None
+        self._again: Callable[..., Tensor] | None = None
         self._cast: Tensor | None = None
 
-    def fill(self, tile: Tensor, wmax: Tensor) -> None:
-        """Hold ``tile [N, K]`` and ``wmax [S, N]``."""
-        self._tile, self._wmax, self._cast = tile, wmax, None
+    def fill(self, tile: Tensor, wmax: Tensor, scale: Tensor, again: Callable[..., Tensor] | None = None) -> None:
+        """Hold ``tile [N, K]``, the scale ``wmax [S, N]`` of its converters and what a largest conductance stands for,
+        ``scale [S, N]``. With ``again``, each forward reads the devices anew: what ``again(read_seed=...)`` gives."""
+        self._tile, self._wmax, self._scale, self._again, self._cast = tile, wmax, scale, again, None
 
     def drop(self) -> None:
         """Hold nothing, until the next :meth:`fill`."""
-        self._tile = self._wmax = self._cast = None
+        self._tile = self._wmax = self._scale = self._again = self._cast = None
 
     def held(self) -> Tensor:
         """What the devices hold, ``[N, K]``: not to be changed."""
         assert self._tile is not None
         return self._tile
 
-    def as_(self, kind: dtype, training: bool) -> tuple[Tensor, Tensor]:
-        """Tile and scale for inputs of dtype ``kind``.
+    def as_(self, kind: dtype, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Tile and scales, as :meth:`fill` takes them, for one forward with inputs of dtype ``kind``.
 
         Raises:
             ValueError: the layer is in training mode.
@@ -36,11 +43,14 @@ class ProgrammedTile:
             raise ValueError("training: a layer on a simulated chip only evaluates; call eval()")
         assert self._tile is not None
         assert self._wmax is not None
+        assert self._scale is not None
+        if self._again is not None:
+            return self._again(read_seed=draw_seed(self._wmax.device)).to(kind), self._wmax, self._scale
         if self._tile.dtype == kind:
-            return self._tile, self._wmax
+            return self._tile, self._wmax, self._scale
         if self._cast is None or self._cast.dtype != kind:  # as under autocast
             self._cast = self._tile.to(kind)
-        return self._cast, self._wmax
+        return self._cast, self._wmax, self._scale
 
 
 def refuse_chips(model: nn.Module, what: str) -> None:

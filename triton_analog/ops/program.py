@@ -47,7 +47,8 @@ def within(v, lowest, highest):
 
 @triton.jit
 def device(
-    g, seed, n, k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low, stuck_high, moment,
+    g, seed, read_seed, n, k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low,
+    stuck_high, moment,
     NUMBER: tl.constexpr, DRIFTS: tl.constexpr, SHIFTS: tl.constexpr, SPREADS: tl.constexpr, READS: tl.constexpr,
     STICKS: tl.constexpr, KNOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +67,7 @@ def device(
     if SPREADS:
         now += spread * normal_tile(seed, n, k, 0, STREAM + 2, ROWS, COLUMNS)
     if READS:
-        z = normal_tile(seed, n, k, moment, STREAM + 3, ROWS, COLUMNS)
+        z = normal_tile(read_seed, n, k, moment, STREAM + 3, ROWS, COLUMNS)
         now += tl.abs(now) * curve_at(curves_ptr, held / g_max, 3, KNOTS) * read * z
     now = within(now, lowest, highest)
     if STICKS:
@@ -77,11 +78,11 @@ def device(
 
 @triton.jit(do_not_specialize=["N", "moment"])
 def program_kernel(
-    w_ptr, wmax_ptr, seed_ptr, curves_ptr, out_ptr, N, K, S, stride_n, stride_k, stride_ws, stride_wn,
-    g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low, stuck_high, moment,
+    w_ptr, wmax_ptr, seed_ptr, read_seed_ptr, curves_ptr, gain_ptr, out_ptr, N, K, S, stride_n, stride_k, stride_ws,
+    stride_wn, stride_gs, stride_gn, g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low, stuck_high, moment,
     CELL: tl.constexpr, SIGNIFICANCES: tl.constexpr, PAIRS: tl.constexpr, DRIFTS: tl.constexpr, SHIFTS: tl.constexpr,
-    SPREADS: tl.constexpr, READS: tl.constexpr, STICKS: tl.constexpr, KNOTS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    SPREADS: tl.constexpr, READS: tl.constexpr, STICKS: tl.constexpr, GAINS: tl.constexpr, KNOTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     first_n = tl.program_id(0).to(tl.int64) * ROWS
     first_k = tl.program_id(1).to(tl.int64) * COLUMNS
@@ -92,6 +93,7 @@ def program_kernel(
     s = slice_of(k.to(tl.int32), K, S)
     scale = tl.load(wmax_ptr + s * stride_ws + n * stride_wn, mask=inside, other=1.0).to(tl.float32)
     seed = tl.load(seed_ptr)
+    read_seed = tl.load(read_seed_ptr)
     span = g_max - g_min
     full = 0.0
     for p in tl.static_range(PAIRS):
@@ -106,8 +108,9 @@ def program_kernel(
                 wanted = v if side == 0 else -v
                 g = within((within(wanted, 0.0, full) - below) / SIGNIFICANCES[p], 0.0, span) + g_min
                 g = device(
-                    g, seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest,
-                    stuck_low, stuck_high, moment, 2 * p + side, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS, COLUMNS,
+                    g, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest,
+                    highest, stuck_low, stuck_high, moment, 2 * p + side, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS,
+                    COLUMNS,
                 )  # fmt: skip
                 total += (SIGNIFICANCES[p] if side == 0 else -SIGNIFICANCES[p]) * g
             below += SIGNIFICANCES[p] * span
@@ -115,11 +118,14 @@ def program_kernel(
         SINGLE: tl.constexpr = CELL == "single"
         g = (v + full) / 2 + g_min if SINGLE else tl.abs(v)
         g = device(
-            g, seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low,
-            stuck_high, moment, 0, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS, COLUMNS,
+            g, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest,
+            stuck_low, stuck_high, moment, 0, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS, COLUMNS,
         )  # fmt: skip
         total = 2 * (g - g_min) - full if SINGLE else tl.where(v < 0, -g, g)
-    out = cast(total * (scale / full), out_ptr.dtype.element_ty)
+    total *= scale / full
+    if GAINS:
+        total *= tl.load(gain_ptr + s * stride_gs + n * stride_gn, mask=inside, other=1.0).to(tl.float32)
+    out = cast(total, out_ptr.dtype.element_ty)
     tl.store(out_ptr + n * K + k, out, mask=inside)
 
 
@@ -128,6 +134,8 @@ def launch_program(
     wmax: Tensor,
     seed: Tensor,
     curves: Tensor,
+    read_seed: Tensor | None,
+    gain: Tensor | None,
     cell: str,
     significances: Sequence[float],
     g_min: float,
@@ -146,13 +154,19 @@ def launch_program(
     out = torch.empty(N, K, dtype=weight.dtype, device=weight.device)
     rows, columns = block(N, BLOCK_N), block(K, BLOCK_K)
     launch(
-        program_kernel, (cdiv(N, rows), cdiv(K, columns)), weight.device, weight, wmax, seed, curves, out, N, K,
-        len(wmax), *weight.stride(), wmax.stride(0), wmax.stride(1) if wmax.shape[1] == N else 0, g_min, g_max, log2_time,
-        read, shift, spread, lowest, highest, stuck_low, stuck_high, moment, CELL=cell, SIGNIFICANCES=tuple(significances),
-        PAIRS=len(significances), DRIFTS=log2_time > 0, SHIFTS=shift != 0, SPREADS=spread > 0, READS=read > 0,
-        STICKS=stuck_low > -inf or stuck_high < inf, KNOTS=len(curves), ROWS=rows, COLUMNS=columns, num_warps=8,
+        program_kernel, (cdiv(N, rows), cdiv(K, columns)), weight.device, weight, wmax, seed,
+        seed if read_seed is None else read_seed, curves, gain, out, N, K, len(wmax), *weight.stride(),
+        *_strides(wmax, N), *_strides(gain, N), g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low,
+        stuck_high, moment, CELL=cell, SIGNIFICANCES=tuple(significances), PAIRS=len(significances), DRIFTS=log2_time > 0,
+        SHIFTS=shift != 0, SPREADS=spread > 0, READS=read > 0, STICKS=stuck_low > -inf or stuck_high < inf,
+        GAINS=gain is not None, KNOTS=len(curves), ROWS=rows, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     return out
+
+
+def _strides(scale: Tensor | None, n: int) -> tuple[int, int]:
+    """Of ``[S, N]``, or of ``[S, 1]`` as if it were expanded to it."""
+    return (0, 0) if scale is None else (scale.stride(0), scale.stride(1) if scale.shape[1] == n else 0)
 
 
 def _fake(weight: Tensor) -> Tensor:
@@ -168,6 +182,8 @@ def program(
     seed: Tensor,
     curves: Tensor,
     *,
+    read_seed: Tensor | None = None,
+    gain: Tensor | None = None,
     cell: str = "pair",
     significances: Sequence[float] = (1.0,),
     g_min: float = 0.0,
@@ -194,6 +210,8 @@ def program(
         curves: fp32 ``[knots, 4]``, at least two knots: of a device of relative conductance ``r = g / g_max``, at the knots
             ``r = 1.5 * (i / (knots - 1))**2``, the deviation of programming (microsiemens), the mean and the deviation of the
             drift's exponent, and the factor of the read noise.
+        read_seed: As ``seed``, of the read noise alone; None: that of the chip.
+        gain: What the result is multiplied by, in the shapes of ``wmax``; None: 1.
         cell: ``"pair"``: two devices, one for each sign; ``"single"``: one device, whose range stands for both;
             ``"signed"``: one number with its sign, to whose magnitude ``curves`` apply.
         significances: Of the pairs of a cell, in the order in which they are used; one for other cells.
@@ -214,7 +232,7 @@ def program(
     """
     significances = tuple(map(float, significances))
     check.matrix("weight", weight)
-    check.tensors(wmax=wmax, curves=curves)
+    check.tensors(wmax=wmax, curves=curves, gain=gain)
     check.require(
         wmax.ndim == 2 and 1 <= wmax.shape[0] <= weight.shape[1] and wmax.shape[1] in (1, weight.shape[0]),
         lambda: (
@@ -226,8 +244,16 @@ def program(
         curves.ndim == 2 and curves.shape[0] >= 2 and curves.shape[1] == 4 and curves.dtype == torch.float32,
         lambda: f"curves: got {curves.dtype} of shape {check.shape_of(curves)}; float32 of shape (knots, 4) is needed",
     )
+    check.require(
+        gain is None or (gain.ndim == 2 and len(gain) == len(wmax) and gain.shape[1] in (1, weight.shape[0])),
+        lambda: (
+            f"gain: got shape {None if gain is None else check.shape_of(gain)}; allowed are ({len(wmax)}, "
+            f"{weight.shape[0]}) and ({len(wmax)}, 1)"
+        ),
+    )
     check.seed_given(seed, True, "program")
-    check.together("weight", weight, wmax=wmax, seed=seed, curves=curves)
+    check.seed_given(read_seed, False, "read noise")
+    check.together("weight", weight, wmax=wmax, seed=seed, read_seed=read_seed, curves=curves, gain=gain)
     check.require(cell in CELLS, lambda: f"cell: got {cell!r}; allowed are {', '.join(map(repr, CELLS))}")
     check.require(
         len(significances) >= 1
@@ -246,6 +272,6 @@ def program(
     check.require(stuck_low <= stuck_high, lambda: f"stuck_low: got {stuck_low}, above stuck_high, {stuck_high}")
     check.require(0 <= moment < 2**31, lambda: f"moment: got {moment}; allowed are 0 to 2**31 - 1")
     return _program(
-        weight, wmax, seed, curves.contiguous(), cell, significances, g_min, g_max, log2_time, read, shift, spread, lowest,
-        highest, stuck_low, stuck_high, moment,
+        weight, wmax, seed, curves.contiguous(), read_seed, gain, cell, significances, g_min, g_max, log2_time, read, shift,
+        spread, lowest, highest, stuck_low, stuck_high, moment,
     )  # fmt: skip

@@ -60,6 +60,8 @@ def variants(dtype: torch.dtype, rows: int = 4096) -> Variants:
             wmax,
             seed,
             numbers(1024, 4),
+            None,
+            None,
             cell,
             (1.0,),
             0.0,

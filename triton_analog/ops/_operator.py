@@ -65,7 +65,8 @@ def _schema(
     for parameter_name, kind in kinds.items():
         if parameter_name in mutates:
             kind = kind.replace("Tensor", f"Tensor({chr(ord('a') + mutates.index(parameter_name))}!)")
-        may_be_left_out = parameter_name == last.name and last.default is None
+        # Only where Python takes the call: a kernel's launcher is called with every argument.
+        may_be_left_out = records is not None and parameter_name == last.name and last.default is None
         declared.append(f"{kind} {parameter_name}{'=None' * may_be_left_out}")
     given = signature.return_annotation
     result = types.get(given) or f"({given.removeprefix('tuple[').removesuffix(']')})"

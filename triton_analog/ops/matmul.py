@@ -94,14 +94,17 @@ def _can_be_pipelined(problem: Problem) -> bool:
     return problem.hardware.capability == 90 and problem.dtype.itemsize == 2 and not folded
 
 
-def default_config(problem: Problem) -> MatmulConfig:
+def _should_be_pipelined(problem: Problem) -> bool:
+    """With fewer outputs multiprocessors have no tile, or wait for the last tile's output stage. (Found on an H200.)"""
     rows, columns, _ = problem.sizes
     per_slice, noise, _ = problem.flags
-    # Fewer outputs leave multiprocessors without a tile, or wait for the last tile's output stage.
     fewest = 2_000_000 if not per_slice else 4_500_000 if noise else 3_200_000
-    if _can_be_pipelined(problem) and rows * columns >= fewest:
-        return PIPELINED
-    return _plain_config(problem)
+    # Between powers of two the answer is the same, as the configuration has to be.
+    return _can_be_pipelined(problem) and triton.next_power_of_2(rows) * columns >= fewest
+
+
+def default_config(problem: Problem) -> MatmulConfig:
+    return PIPELINED if _should_be_pipelined(problem) else _plain_config(problem)
 
 
 def _plain_config(problem: Problem) -> MatmulConfig:
@@ -125,8 +128,7 @@ def _plain_config(problem: Problem) -> MatmulConfig:
 
 def _fits(problem: Problem, config: MatmulConfig) -> bool:
     if config.PIPELINED:
-        large = covers(128, problem.sizes[0], 32) and covers(128, problem.sizes[1], 64)
-        return large and _can_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_M=16))
+        return _should_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_M=16))
     rows, columns, width = problem.sizes
     per_slice, noise, _ = problem.flags
     capability, size = problem.hardware.capability, problem.dtype.itemsize

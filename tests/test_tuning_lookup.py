@@ -418,7 +418,15 @@ def test_a_tuned_configuration_is_launched(places):
     keep(places.own, THREE, rows=64)
     tuned = launched()
     assert as_values(THREE).items() <= tuned.items()
-    assert set(tuned) == set(formula) | {"MODE", "QUANTIZE", "VALUES", "CONVERTED", "ALIGNED"}
+    assert set(tuned) == set(formula) | {
+        "MODE",
+        "QUANTIZE",
+        "STO_ROUND",
+        "INPUT_NOISE",
+        "VALUES",
+        "CONVERTED",
+        "ALIGNED",
+    }
 
 
 def test_a_recording_stands_for_the_gpu_that_it_names(places):

@@ -171,7 +171,7 @@ def reset(model: Any) -> None:
 
 
 def load_digital(model: Any, **options: Any) -> None:
-    file = convert_to_digital(analog(config(NONE))).state_dict()
+    file = Model().double().state_dict()
     file = {name: 2 * value for name, value in file.items()}
     if isinstance(model, FSDPModule):
         mine = file if dist.get_rank() == 0 or not options else {}
@@ -185,7 +185,7 @@ def load_digital_from_one_rank(model: Any) -> None:
     if isinstance(model, FSDPModule):
         with pytest.raises(RuntimeError, match=r"lstm\.: the ranks .* were given different keys.* to every rank"):
             load_digital(model, broadcast_from_rank0=True)
-        file = convert_to_digital(analog(config(NONE))).lstm.state_dict()
+        file = Model().double().lstm.state_dict()
         model.lstm.load_state_dict({name: 2 * value for name, value in file.items()}, strict=False)
     else:
         load_digital(model)

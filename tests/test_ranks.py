@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import results_of_ranks
 from test_sharded import EQUAL, analog, assert_equal, config, outcome, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -162,15 +161,9 @@ def one_rank(rank: int, port: int, results: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def results() -> Iterator[dict[Any, Any]]:
+def results() -> dict[Any, Any]:
     """Of all ranks; one start of the processes for all tests."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.get_context("spawn").Manager() as manager:
-        found = manager.dict()
-        mp.spawn(one_rank, (port, found), nprocs=RANKS)
-        yield dict(found)
+    return results_of_ranks(one_rank, RANKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)

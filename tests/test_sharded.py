@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import io
 import re
-import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import results_of_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -386,15 +385,9 @@ def one_rank(rank: int, port: int, results: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def results() -> Iterator[dict[Any, Any]]:
+def results() -> dict[Any, Any]:
     """Of both ranks; one start of the processes for all tests."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.get_context("spawn").Manager() as manager:
-        found = manager.dict()
-        mp.spawn(one_rank, (port, found), nprocs=RANKS)
-        yield dict(found)
+    return results_of_ranks(one_rank, RANKS)
 
 
 @pytest.mark.parametrize("name", EQUAL)

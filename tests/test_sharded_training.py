@@ -6,17 +6,15 @@ All that two processes do is done in one start of them.
 
 from __future__ import annotations
 
-import socket
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from helpers import results_of_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -269,14 +267,8 @@ def one_rank(rank: int, port: int, folder: str, results: Any) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each rank found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(one_rank, (port, str(folder), results), nprocs=RANKS)
-        return [results[rank] for rank in range(RANKS)]
+    results = results_of_ranks(one_rank, RANKS, str(tmp_path_factory.mktemp("checkpoint")))
+    return [results[rank] for rank in range(RANKS)]
 
 
 # ---- Against one ------------------------------------------------------------------------------------------------------

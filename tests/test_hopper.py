@@ -21,16 +21,17 @@ COMPILED = {
     "noise and converter of one slice": {"slices": 1, "noise": True},
     "converter of several slices": {"slices": 8, "dtype": torch.float16},
     "noise of several slices, no bound": {"slices": 8, "noise": True, "bound": False},
+    "dynamic range of one slice, no bound": {"slices": 1, "dynamic": True, "bound": False},
 }
 
 
-def launched(slices, noise=False, bound=True, dtype=torch.bfloat16):
+def launched(slices, noise=False, bound=True, dynamic=False, dtype=torch.bfloat16):
     def meta(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     wmax = meta(slices, 4096, dtype=torch.float32)
     return launch_matmul(
-        meta(8192, 4096), meta(4096, 4096), meta(4096), meta(slices, dtype=torch.float32), slices, 254.0,
+        meta(8192, 4096), meta(4096, 4096), meta(4096), meta(slices, *[8192] * dynamic, dtype=torch.float32), slices, 254.0,
         0.04 if noise else 0.0, wmax, 10.0 if bound else 0.0, wmax, 254.0 if bound else -1.0,
         meta(1, dtype=torch.int64), config=PIPELINED,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Both gradients of the analog matrix product, slice by slice (SEMANTICS 6).
 
-What a slice's ADC lets pass of the gradient is made once, for a few slices at a time, and meets the weight and the input
-while it is there. The kernels are those of :mod:`matmul_dgrad` and :mod:`matmul_wgrad`.
+The kernels are those of :mod:`matmul_dgrad` and :mod:`matmul_wgrad`. Where they do not apply the mask themselves, what a slice's
+ADC lets pass of the gradient is made once, for a few slices at a time, and meets the weight and the input while it is there.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch import Tensor
 
 import triton_analog.reference as reference
 from triton_analog.ops import _checks as check
+from triton_analog.ops._gradients import multiply_passed
 from triton_analog.ops._operator import Operator
-from triton_analog.ops.adc import each_passed
 from triton_analog.ops.input_range import empty_range_grad
 from triton_analog.ops.matmul_dgrad import MatmulDgrad
 from triton_analog.ops.matmul_wgrad import MatmulWgrad
@@ -44,14 +44,14 @@ def launch_matmul_backward(
     )  # then the converter's own pass draws it again
     needs_steps = static is not None and inp_res > 0 and not is_random
     dgrad = MatmulDgrad(
-        grad, weight, x, clipped, static, slices, decay, input_min_percentage, fast_mode, inp_res, needs_steps
+        grad, weight, x, clipped, static, slices, mask, decay, input_min_percentage, fast_mode, inp_res, needs_steps
     )  # fmt: skip
     converted = needs_steps or x.dtype == torch.int8
     wgrad = MatmulWgrad(
-        grad, dgrad.steps if needs_steps else x, input_range, slices, inp_res, dtype, converted, bias_dtype,
+        grad, dgrad.steps if needs_steps else x, input_range, slices, mask, inp_res, dtype, converted, bias_dtype,
         None, inp_noise, inp_sto_round, seed,
     )  # fmt: skip
-    each_passed(grad, mask, slices, dgrad.launch, wgrad.launch)
+    multiply_passed(grad, mask, slices, dgrad, wgrad)
     return dgrad.dx, dgrad.range_grad(), wgrad.dw, wgrad.dbias
 
 

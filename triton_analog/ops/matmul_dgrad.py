@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+import triton_analog.ops.hopper.matmul_dgrad as pipeline
 import triton_analog.reference as reference
 from triton_analog.lang import cast, dot, slice_bounds, to_steps
 from triton_analog.launch import (
@@ -19,6 +20,7 @@ from triton_analog.launch import (
     block,
     cdiv,
     describable,
+    hardware,
     has_wide_tiles,
     input_precision,
     launch,
@@ -27,9 +29,9 @@ from triton_analog.launch import (
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import Problem, Space, covers, large_enough, operands_fit
 from triton_analog.ops import _checks as check
+from triton_analog.ops._gradients import can_be_pipelined, multiply_passed, pipelines_gradients
 from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import column_parts, descriptor, grouped, load_plane, load_tile
-from triton_analog.ops.adc import each_passed
 from triton_analog.ops.input_range import empty_range_grad, launch_range_grad, range_grad_sums
 from triton_analog.reference.grid import half_steps
 
@@ -37,7 +39,8 @@ from triton_analog.reference.grid import half_steps
 @dataclass(frozen=True)
 class MatmulDgradConfig:
     """``PARTS``: column parts (1, 2 or 4) of a tile that are finished one after the other, to keep fewer registers in use.
-    ``DESCRIPTORS``: load through tensor descriptors where the operands' layout allows it."""
+    ``DESCRIPTORS``: load through tensor descriptors where the operands' layout allows it. ``PIPELINED``: the kernel of
+    ``ops/hopper`` where descriptors apply, which takes the mask as it is; of the rest only ``GROUP_M`` matters then."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -45,11 +48,27 @@ class MatmulDgradConfig:
     GROUP_M: int = 16
     PARTS: int = 1
     DESCRIPTORS: bool = True
+    PIPELINED: bool = False
     num_warps: int = 8
     num_stages: int = 3
 
 
+PIPELINED = MatmulDgradConfig(128, 64, 256, GROUP_M=8, PARTS=2, PIPELINED=True, num_warps=4, num_stages=4)
+
+
+def _should_be_pipelined(problem: Problem) -> bool:
+    """Where the tiles of one slice keep a multiprocessor busy for long enough. (Found on an H200.)"""
+    rows, columns, width = problem.sizes
+    # Between powers of two the answer is the same, as the configuration has to be.
+    rows = triton.next_power_of_2(rows)
+    return pipelines_gradients(problem) and rows >= 1024 and columns >= 256 and width >= 128
+
+
 def default_config(problem: Problem) -> MatmulDgradConfig:
+    return PIPELINED if _should_be_pipelined(problem) else _plain_config(problem)
+
+
+def _plain_config(problem: Problem) -> MatmulDgradConfig:
     rows, columns, width = problem.sizes
     if not has_wide_tiles(problem.hardware.capability) or problem.dtype == torch.float32:
         return MatmulDgradConfig(
@@ -60,6 +79,8 @@ def default_config(problem: Problem) -> MatmulDgradConfig:
 
 
 def _fits(problem: Problem, config: MatmulDgradConfig) -> bool:
+    if config.PIPELINED:
+        return _should_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_M=16))
     rows, columns, width = problem.sizes
     hardware, row_bytes = problem.hardware, config.BLOCK_N * problem.dtype.itemsize
     outputs = config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps)
@@ -80,8 +101,9 @@ SPACE = Space(
     formula=default_config, fits=_fits,
     values={
         "BLOCK_M": (16, 32, 64, 128, 256), "BLOCK_N": (16, 32, 64), "BLOCK_K": (16, 32, 64, 128, 256), "GROUP_M": (8, 16),
-        "PARTS": (2, 4), "DESCRIPTORS": (True, False), "num_warps": (4, 8), "num_stages": (3, 4),
+        "PARTS": (2, 4), "DESCRIPTORS": (True, False), "PIPELINED": (False, True), "num_warps": (4, 8), "num_stages": (3, 4),
     },
+    others=(pipeline,),
 )  # fmt: skip
 
 
@@ -182,6 +204,7 @@ class MatmulDgrad:
         clipped: Tensor | None,
         input_range: Tensor | None,
         slices: int,
+        mask: Tensor | None,
         decay: float,
         input_min_percentage: float,
         fast_mode: bool,
@@ -191,17 +214,21 @@ class MatmulDgrad:
     ) -> None:
         (M, K), N = x.shape, weight.shape[0]
         clip = input_range is not None
-        self.config = config or choose(SPACE, x.device, grad.dtype, (M, N, cdiv(K, slices)), (clip,))
-        self.blocks_m = cdiv(M, self.config.BLOCK_M)
-        self.blocks_k = cdiv(cdiv(K, slices), self.config.BLOCK_K)
+        sizes = M, N, cdiv(K, slices)
+        config = config or choose(SPACE, x.device, grad.dtype, sizes, (clip,))
+        is_at_hand = not clip or (x.dtype == grad.dtype and describable(x))
+        if config.PIPELINED and not (is_at_hand and can_be_pipelined(grad, weight, slices, mask)):
+            config = _plain_config(Problem(hardware(x.device), grad.dtype, sizes, (clip,)))
+        self.config, self.takes_mask = config, config.PIPELINED
+        self.blocks_m = cdiv(M, config.BLOCK_M)
+        self.blocks_k = cdiv(cdiv(K, slices), config.BLOCK_K)
+        shares = pipeline.dgrad_parts(M, cdiv(K, slices)) if config.PIPELINED else self.blocks_m * self.blocks_k
         self.weight, self.x, self.clipped, self.slices = weight, x, clipped, slices
         self.input_range = None if input_range is None else input_range.contiguous()
         self.rule = decay, input_min_percentage, fast_mode
         self.inp_res = inp_res
         self.dx = torch.empty(M, K, dtype=grad.dtype, device=x.device)
-        self.parts = torch.empty(
-            slices, self.blocks_m * self.blocks_k if clip else 0, 2, dtype=torch.float32, device=x.device
-        )
+        self.parts = torch.empty(slices, shares if clip else 0, 2, dtype=torch.float32, device=x.device)
         self.steps = torch.empty(M if needs_steps else 0, K, dtype=grad.dtype, device=x.device)
 
     def launch(self, first: int, count: int, passed: Tensor) -> None:
@@ -209,6 +236,8 @@ class MatmulDgrad:
         config, weight, x, slices = self.config, self.weight, self.x, self.slices
         (M, K), N = x.shape, weight.shape[0]
         descriptors = config.DESCRIPTORS and describable(passed, weight) and slices_describable(weight, slices)
+        options = vars(config) | {"DESCRIPTORS": descriptors}
+        del options["PIPELINED"]
         launch(
             matmul_dgrad_kernel, (self.blocks_m * count * self.blocks_k,), x.device,
             descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),
@@ -216,7 +245,14 @@ class MatmulDgrad:
             self.steps, self.parts, M, N, K, slices, first, count, *passed.stride(), *weight.stride(), *x.stride(),
             self.blocks_k * config.BLOCK_K, half_steps(self.inp_res), CLIP=self.input_range is not None, FAST=self.rule[2],
             SLICED=len(passed) > 1, STEPS=self.steps.numel() > 0, INT8=x.dtype == torch.int8, PRECISION=input_precision(),
-            ALIGNED=aligned(K, slices), **(vars(config) | {"DESCRIPTORS": descriptors}),
+            ALIGNED=aligned(K, slices), **options,
+        )  # fmt: skip
+
+    def launch_masked(self, grad: Tensor, mask: Tensor | None) -> None:
+        """All slices at once, if this ``takes_mask``."""
+        pipeline.launch_dgrad(
+            grad, self.weight, self.x, self.input_range, mask, self.dx, self.steps, self.parts, self.slices,
+            half_steps(self.inp_res), self.rule[2], self.config.GROUP_M,
         )  # fmt: skip
 
     def range_grad(self) -> Tensor:
@@ -245,9 +281,9 @@ def launch_matmul_dgrad(
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
     dgrad = MatmulDgrad(
-        grad, weight, x, clipped, input_range, slices, decay, input_min_percentage, fast_mode, inp_res, needs_steps, config
+        grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, inp_res, needs_steps, config
     )  # fmt: skip
-    each_passed(grad, mask, slices, dgrad.launch)
+    multiply_passed(grad, mask, slices, dgrad)
     return dgrad.dx, dgrad.range_grad(), dgrad.steps
 
 

@@ -6,13 +6,14 @@ integers, which lie ready: :mod:`matmul_dgrad` leaves them, or a pass of the con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+import triton_analog.ops.hopper.matmul_wgrad as pipeline
 import triton_analog.reference as reference
 from triton_analog.lang import cast, dot, slice_bounds, step_of
 from triton_analog.launch import (
@@ -20,6 +21,7 @@ from triton_analog.launch import (
     block,
     cdiv,
     describable,
+    hardware,
     has_wide_tiles,
     input_precision,
     launch,
@@ -28,9 +30,9 @@ from triton_analog.launch import (
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import Problem, Space, covers, large_enough, operands_fit
 from triton_analog.ops import _checks as check
+from triton_analog.ops._gradients import can_be_pipelined, multiply_passed, pipelines_gradients
 from triton_analog.ops._operator import Operator
 from triton_analog.ops._tiles import descriptor, grouped, load_plane, load_tile
-from triton_analog.ops.adc import each_passed
 from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
 
@@ -40,18 +42,34 @@ BIAS_COLUMNS = tl.constexpr(32)
 
 @dataclass(frozen=True)
 class MatmulWgradConfig:
-    """``DESCRIPTORS``: load through tensor descriptors where the operands' layout allows it."""
+    """``DESCRIPTORS``: load through tensor descriptors where the operands' layout allows it. ``PIPELINED``: as for
+    :class:`triton_analog.ops.matmul_dgrad.MatmulDgradConfig`, with ``GROUP_N``."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     GROUP_N: int = 16
     DESCRIPTORS: bool = True
+    PIPELINED: bool = False
     num_warps: int = 8
     num_stages: int = 3
 
 
+PIPELINED = MatmulWgradConfig(64, 128, 256, GROUP_N=8, PIPELINED=True, num_warps=4, num_stages=4)
+
+
+def _should_be_pipelined(problem: Problem) -> bool:
+    """Where the tiles of one slice keep a multiprocessor busy for long enough. (Found on an H200.)"""
+    rows, columns, width = problem.sizes
+    # Between powers of two the answer is the same, as the configuration has to be.
+    return pipelines_gradients(problem) and triton.next_power_of_2(rows) >= 1024 and columns >= 256 and width >= 128
+
+
 def default_config(problem: Problem) -> MatmulWgradConfig:
+    return PIPELINED if _should_be_pipelined(problem) else _plain_config(problem)
+
+
+def _plain_config(problem: Problem) -> MatmulWgradConfig:
     rows, columns, width = problem.sizes
     if not has_wide_tiles(problem.hardware.capability) or problem.dtype == torch.float32:
         return MatmulWgradConfig(
@@ -62,6 +80,8 @@ def default_config(problem: Problem) -> MatmulWgradConfig:
 
 
 def _fits(problem: Problem, config: MatmulWgradConfig) -> bool:
+    if config.PIPELINED:
+        return _should_be_pipelined(problem) and config in (PIPELINED, replace(PIPELINED, GROUP_N=16))
     rows, columns, width = problem.sizes
     hardware, row_bytes = problem.hardware, config.BLOCK_M * problem.dtype.itemsize
     outputs = config.BLOCK_N * config.BLOCK_K // (32 * config.num_warps)
@@ -81,8 +101,9 @@ SPACE = Space(
     "matmul_wgrad", MatmulWgradConfig, sizes=("rows", "columns", "width"), formula=default_config, fits=_fits,
     values={
         "BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128, 256), "BLOCK_K": (16, 32, 64, 128, 256), "GROUP_N": (8, 16),
-        "DESCRIPTORS": (True, False), "num_warps": (4, 8), "num_stages": (3, 4),
+        "DESCRIPTORS": (True, False), "PIPELINED": (False, True), "num_warps": (4, 8), "num_stages": (3, 4),
     },
+    others=(pipeline,),
 )  # fmt: skip
 
 
@@ -139,6 +160,20 @@ def matmul_wgrad_kernel(
     tl.store(address, cast(dw, dw_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["M"])
+def column_sums_kernel(grad_ptr, out_ptr, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    sum_columns(grad_ptr, out_ptr, tl.program_id(0) * BLOCK_N, M, N, stride_m, stride_n, BLOCK_M, BLOCK_N)
+
+
+def launch_column_sums(grad: Tensor, out: Tensor) -> None:
+    """Fill ``out [N]``, the bias's gradient."""
+    M, N = grad.shape
+    launch(
+        column_sums_kernel, (cdiv(N, BIAS_COLUMNS.value),), grad.device, grad, out, M, N, *grad.stride(), BLOCK_M=256,
+        BLOCK_N=BIAS_COLUMNS.value, num_warps=8,
+    )  # fmt: skip
+
+
 class MatmulWgrad:
     """The launches of one :func:`matmul_wgrad`, a few slices at a time, and what they write."""
 
@@ -148,6 +183,7 @@ class MatmulWgrad:
         x: Tensor,
         input_range: Tensor | None,
         slices: int,
+        mask: Tensor | None,
         inp_res: float,
         dtype: torch.dtype,
         converted: bool = False,
@@ -171,7 +207,11 @@ class MatmulWgrad:
         self.grad, self.x, self.slices = grad, x, slices
         self.scales = static and self.q_max > 0
         self.input_range = None if input_range is None else input_range.contiguous()
-        self.config = config or choose(SPACE, x.device, grad.dtype, (M, N, cdiv(K, slices)))
+        sizes = M, N, cdiv(K, slices)
+        config = config or choose(SPACE, x.device, grad.dtype, sizes)
+        if config.PIPELINED and not can_be_pipelined(grad, x, slices, mask):
+            config = _plain_config(Problem(hardware(x.device), grad.dtype, sizes))
+        self.config, self.takes_mask = config, config.PIPELINED
         self.dw = torch.empty(N, K, dtype=dtype, device=x.device)
         self.dbias = torch.empty(0 if bias_dtype is None else N, dtype=bias_dtype or dtype, device=x.device)
 
@@ -184,14 +224,23 @@ class MatmulWgrad:
         blocks_n, blocks_k = cdiv(N, config.BLOCK_N), cdiv(cdiv(K, slices), config.BLOCK_K)
         sums = first == 0 and self.dbias.numel() > 0
         programs = blocks_n * count * blocks_k + (cdiv(N, BIAS_COLUMNS.value) if sums else 0)
+        options = vars(config) | {"DESCRIPTORS": descriptors}
+        del options["PIPELINED"]
         launch(
             matmul_wgrad_kernel, (programs,), x.device,
             descriptor(passed, config.BLOCK_M, config.BLOCK_N, descriptors),
             descriptor(x, config.BLOCK_M, config.BLOCK_K, descriptors), grad, self.input_range, self.dw, self.dbias,
             M, N, K, slices, first, count, *passed.stride(), *grad.stride(), *x.stride(), self.q_max,
             SCALE=self.scales, SLICED=len(passed) > 1, BIAS=sums, PRECISION=input_precision(), ALIGNED=aligned(K, slices),
-            **(vars(config) | {"DESCRIPTORS": descriptors}),
+            **options,
         )  # fmt: skip
+
+    def launch_masked(self, grad: Tensor, mask: Tensor | None) -> None:
+        """All slices at once, if this ``takes_mask``."""
+        input_range = self.input_range if self.scales else None
+        pipeline.launch_wgrad(grad, self.x, input_range, mask, self.dw, self.slices, self.q_max, self.config.GROUP_N)
+        if self.dbias.numel() > 0:
+            launch_column_sums(grad, self.dbias)
 
 
 def launch_matmul_wgrad(
@@ -212,9 +261,9 @@ def launch_matmul_wgrad(
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
     wgrad = MatmulWgrad(
-        grad, x, input_range, slices, inp_res, dtype, converted, bias_dtype, config, inp_noise, inp_sto_round, seed
+        grad, x, input_range, slices, mask, inp_res, dtype, converted, bias_dtype, config, inp_noise, inp_sto_round, seed
     )  # fmt: skip
-    each_passed(grad, mask, slices, wgrad.launch)
+    multiply_passed(grad, mask, slices, wgrad)
     return wgrad.dw, wgrad.dbias
 
 

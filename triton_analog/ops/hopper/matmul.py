@@ -47,10 +47,10 @@ def tile_for(slices: int, bound: bool) -> Tile:
     return Tile(3, 128, 5, 160, 32) if bound and slices > 1 else Tile(2, 256, 4, 240, 24)
 
 
-def swizzled(matrix: Tensor, rows: int) -> TensorDescriptor:
-    """``matrix [M, K]`` in boxes of ``rows`` and 128 bytes, as tensor cores read them from shared memory."""
+def swizzled(matrix: Tensor, rows: int, columns: int = DEPTH.value) -> TensorDescriptor:
+    """``matrix [M, K]`` in boxes of ``rows`` and ``columns``, as tensor cores read them from shared memory."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor.from_tensor(matrix, [rows, DEPTH.value], layout)
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
 @gluon.jit
@@ -174,7 +174,7 @@ def consumer(
         store_rows(sums, bias_ptr, y_ptr, first_n, m, t, M, N, BIAS, WIDE, COLUMNS)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "S"])  # with S known to be 1 Triton 3.6 fails at dynamic ranges
 def matmul_pipeline_kernel(
     x, w, bias_ptr, range_ptr, coefficient_ptr, noise_wmax_ptr, seed_ptr, y_ptr, mask_ptr, M, N, K, S, steps, columns,
     noise_columns, in_q_max, sigma, out_q_max,

@@ -9,21 +9,44 @@ the compiler then sees plain scalar code that it can order as it likes.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# PTX; these kernels run nowhere else. Four words of each of four neighbouring lanes are transposed in two exchanges, so that
-# each lane writes 16 neighbouring bytes.
-STORE_TRANSPOSED = gl.constexpr("""{ .reg .pred odd, high, inside; .reg .b32 bit, sent, got, a0, a1, a2, a3, b0, b1, b2, b3;
-    and.b32 bit, $5, 1; setp.ne.b32 odd, bit, 0; and.b32 bit, $5, 2; setp.ne.b32 high, bit, 0; setp.ne.b32 inside, $7, 0;
-    selp.b32 sent, $1, $2, odd; shfl.sync.bfly.b32 got, sent, 1, 0x1f, 0xffffffff;
-    selp.b32 a0, got, $1, odd; selp.b32 a1, $2, got, odd;
-    selp.b32 sent, $3, $4, odd; shfl.sync.bfly.b32 got, sent, 1, 0x1f, 0xffffffff;
-    selp.b32 a2, got, $3, odd; selp.b32 a3, $4, got, odd;
+# PTX; these kernels run nowhere else. Four words of each of four neighbouring lanes are transposed in two exchanges, between
+# numbers as their threads hold them and 16 neighbouring bytes for each lane.
+_TRANSPOSE = """.reg .pred odd, high; .reg .b32 bit, sent, got, a0, a1, a2, a3, b0, b1, b2, b3;
+    and.b32 bit, LANE, 1; setp.ne.b32 odd, bit, 0; and.b32 bit, LANE, 2; setp.ne.b32 high, bit, 0;
+    selp.b32 sent, W0, W1, odd; shfl.sync.bfly.b32 got, sent, 1, 0x1f, 0xffffffff;
+    selp.b32 a0, got, W0, odd; selp.b32 a1, W1, got, odd;
+    selp.b32 sent, W2, W3, odd; shfl.sync.bfly.b32 got, sent, 1, 0x1f, 0xffffffff;
+    selp.b32 a2, got, W2, odd; selp.b32 a3, W3, got, odd;
     selp.b32 sent, a0, a2, high; shfl.sync.bfly.b32 got, sent, 2, 0x1f, 0xffffffff;
     selp.b32 b0, got, a0, high; selp.b32 b2, a2, got, high;
     selp.b32 sent, a1, a3, high; shfl.sync.bfly.b32 got, sent, 2, 0x1f, 0xffffffff;
-    selp.b32 b1, got, a1, high; selp.b32 b3, a3, got, high;
-    @inside st.global.v4.b32 [$6], {b0, b1, b2, b3}; mov.b32 $0, 0; }""")
+    selp.b32 b1, got, a1, high; selp.b32 b3, a3, got, high;"""
+
+
+def _transpose(words: tuple[str, str, str, str], lane: str) -> str:
+    """PTX that leaves the transposed ``words`` in b0 to b3."""
+    text = _TRANSPOSE.replace("LANE", lane)
+    for i, word in enumerate(words):
+        text = text.replace(f"W{i}", word)
+    return text
+
+
+STORE_TRANSPOSED = gl.constexpr(
+    "{ .reg .pred inside; setp.ne.b32 inside, $7, 0; "
+    + _transpose(("$1", "$2", "$3", "$4"), "$5")
+    + "@inside st.global.v4.b32 [$6], {b0, b1, b2, b3}; mov.b32 $0, 0; }"
+)
+TRANSPOSE = gl.constexpr(
+    "{ "
+    + _transpose(("$4", "$5", "$6", "$7"), "$8")
+    + "mov.b32 $0, b0; mov.b32 $1, b1; mov.b32 $2, b2; mov.b32 $3, b3; }"
+)
+LOAD_CHUNK = gl.constexpr("""{ .reg .pred inside; setp.ne.b32 inside, $5, 0; mov.b32 $0, 0x7FFF7FFF; mov.b32 $1, 0x7FFF7FFF;
+    mov.b32 $2, 0x7FFF7FFF; mov.b32 $3, 0x7FFF7FFF; @inside ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }""")
 PACK_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 PACK_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+UNPACK_BF16 = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;")
+UNPACK_FP16 = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
 
 
 @gluon.jit
@@ -80,6 +103,31 @@ def pack(low, high, DTYPE: gl.constexpr):
     """Two fp32 numbers, rounded to a 16-bit type, in one word."""
     ASM: gl.constexpr = PACK_BF16 if DTYPE == gl.bfloat16 else PACK_FP16
     return gl.inline_asm_elementwise(ASM, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack(word, DTYPE: gl.constexpr):
+    """The two 16-bit numbers of a word in fp32."""
+    ASM: gl.constexpr = UNPACK_BF16 if DTYPE == gl.bfloat16 else UNPACK_FP16
+    return gl.inline_asm_elementwise(ASM, "=&f,=&f,r", [word], dtype=(gl.float32, gl.float32), is_pure=True, pack=1)
+
+
+@gluon.jit
+def load_chunk(address, inside):
+    """Four words, 16 bytes, from an address of their own for each thread; NaN if not ``inside``."""
+    return gl.inline_asm_elementwise(
+        LOAD_CHUNK, "=&r,=&r,=&r,=&r,l,r", [address, inside.to(gl.int32)],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def transposed(words, t):
+    """Of columns ``8 * t`` to ``8 * t + 7`` of a row in thread ``t`` those that :func:`store_transposed` takes, and back."""
+    return gl.inline_asm_elementwise(
+        TRANSPOSE, "=&r,=&r,=&r,=&r,r,r,r,r,r", [words[0], words[1], words[2], words[3], t],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

@@ -111,12 +111,13 @@ SPACE = Space(
 def sum_columns(grad_ptr, out_ptr, first_n, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first_m in range(0, M, BLOCK_M):
-        m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        total += tl.load(grad_ptr + m[:, None] * stride_m + n[None, :] * stride_n, mask=inside, other=0.0).to(
-            tl.float32
-        )
+    for first_m in range(0, M, 4 * BLOCK_M):
+        for i in tl.static_range(4):  # four loads on their way at a time
+            m = first_m + i * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            inside = (m < M)[:, None] & (n < N)[None, :]
+            total += tl.load(grad_ptr + m[:, None] * stride_m + n[None, :] * stride_n, mask=inside, other=0.0).to(
+                tl.float32
+            )
     tl.store(out_ptr + n, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=n < N)
 
 

@@ -5,6 +5,9 @@ A stage holds for each consumer 64 x 64 numbers of ``g`` and 64 rows of the othe
 saturated in its part of ``g`` while its previous product runs, so that no masked gradient is ever written to memory.
 """
 
+from __future__ import annotations
+
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -13,12 +16,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton_analog.ops.hopper.pipeline import DEPTH, ROWS, load, next_stage, slice_start, tile_of
 
 reinterpret = (
     getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 )  # its name since Triton 3.9, and before
+
+FLAG_BYTES = gl.constexpr(64 * 4 * 4)
 
 # PTX: of two neighbouring numbers of 16 bits, those whose flags in the two lowest bits are 0. A byte's sign is spread over 16.
 CLEAR_FLAGGED = gl.constexpr("""{ .reg .b32 low, high; shl.b32 low, $2, 7; shl.b32 high, $2, 6; prmt.b32 low, low, high, 0xCC88;
@@ -27,51 +33,41 @@ CLEAR_FLAGGED = gl.constexpr("""{ .reg .b32 low, high; shl.b32 low, $2, 7; shl.b
 
 @gluon.jit
 def gradient_producer(
-    loads,
-    ROWS_FIRST: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr,
+    loads, MASK: gl.constexpr, ROWS_FIRST: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr,
-):
+):  # fmt: skip
     """Loads all tiles' blocks: ``g`` by rows of the tile and steps along its columns if ``ROWS_FIRST``, else the other way
     round, and steps of ``b`` at a slice's columns. A tile is ``blocks_a`` x (slices x ``blocks_k``)."""
-    g, b, ring, K, S, blocks_a, blocks_k, steps = loads
+    g, b, mask, ring, flag_buffers, M, N, K, S, blocks_a, blocks_k, steps = loads
     a_buffers, b_buffers, ready, empty = ring
     stage, phase = 0, 1
+    BYTES: gl.constexpr = (ROWS * CONSUMERS + COLUMNS) * DEPTH * 2 + (CONSUMERS * FLAG_BYTES if MASK else 0)
     for tile in range(gl.program_id(0), blocks_a * S * blocks_k, gl.num_programs(0)):
         block_a, block = tile_of(tile, blocks_a, S * blocks_k, GROUP)
-        k = slice_start(block // blocks_k, K, S) + block % blocks_k * COLUMNS
+        s = block // blocks_k
+        k = slice_start(s, K, S) + block % blocks_k * COLUMNS
         for step in range(steps):
             bar = ready.index(stage)
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(bar, (ROWS * CONSUMERS + COLUMNS) * DEPTH * 2)
+            mbarrier.expect(bar, BYTES)
             for i in gl.static_range(CONSUMERS):
                 a = (block_a * CONSUMERS + i) * ROWS
                 buffer = a_buffers.index(stage * CONSUMERS + i)
-                if ROWS_FIRST:
-                    load(g, [a, step * DEPTH], bar, buffer)
-                else:
-                    load(g, [step * DEPTH, a], bar, buffer)
+                m, n = (a, step * DEPTH) if ROWS_FIRST else (step * DEPTH, a)
+                load(g, [m, n], bar, buffer)
+                if MASK:  # rows beyond the matrix have the flags of others, but nothing to clear
+                    row = (s * gl.cdiv(N, 128) + n // 128) * M + m
+                    load(mask, [row, 0], bar, flag_buffers.index(stage * CONSUMERS + i))
             load(b, [step * DEPTH, k], bar, b_buffers.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
-def load_flags(mask_ptr, s, m, n, M, N):
-    """The mask's words for the rows ``m`` of 64 and the 64 columns from ``n`` on, those in their low halves."""
-    t = gl.arange(0, 4, layout=gl.SliceLayout(0, m.type.layout.parent))
-    inside = m < gl.where(n < N, M, 0)
-    row = (s * gl.cdiv(N, 128) + n // 128).to(gl.int64) * M + m
-    words = gl.load(
-        mask_ptr + gl.expand_dims(row * 4, 1) + gl.expand_dims(t, 0), mask=gl.expand_dims(inside, 1), other=0
-    )
-    return words >> (n % 128 // 64 * 16)
-
-
-@gluon.jit
-def clear_saturated(box, flags, LAYOUT: gl.constexpr):
-    """``box``: 64 x 64 numbers of 16 bits in shared memory, zero from now on where ``flags [64, 4]`` have a bit."""
+def clear_saturated(box, words, is_right):
+    """``box``: 64 x 64 numbers of 16 bits in shared memory, zero from now on where ``words [64, 4]`` of the mask, in shared memory
+    too, have a bit: for the left 64 of 128 columns, or for the others if it ``is_right``."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4, 4], [16, 2, 1], [4, 1, 1], [2, 1, 0])
+    flags = words.load(gl.SliceLayout(1, LAYOUT)) >> (16 * is_right)
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [4, 1], [1, 0])
     WORDS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     pairs = reinterpret(box, gl.int32, [64, 32], WORDS)
@@ -87,32 +83,33 @@ def clear_saturated(box, flags, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def multiply_gradient(
-    ring, stage, phase, mask_ptr, s, first_m, first_n, steps, M, N,
+    ring, flag_buffers, stage, phase, first_n, steps,
     MASK: gl.constexpr, ROWS_FIRST: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr,
     STAGES: gl.constexpr, ACCUMULATOR: gl.constexpr,
 ):  # fmt: skip
-    """The product of a consumer's part of a tile, and where in the ring the next one begins. ``first_m`` and ``first_n``: where
-    in ``g`` its first box lies; the others follow along the columns if ``ROWS_FIRST``, else along the rows."""
+    """The product of a consumer's part of a tile, and where in the ring the next one begins. ``first_n``: the first column of
+    ``g``, along whose columns the steps go if ``ROWS_FIRST``, else along its rows."""
     a_buffers, b_buffers, ready, empty = ring
-    FLAGS: gl.constexpr = gl.BlockedLayout([1, 4, 4], [16, 2, 1], [4, 1, 1], [2, 1, 0])
-    m = first_m + gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(1, FLAGS)))
-    STEP_M: gl.constexpr = 0 if ROWS_FIRST else DEPTH
-    STEP_N: gl.constexpr = DEPTH if ROWS_FIRST else 0
     acc = gl.zeros((ROWS, COLUMNS), gl.float32, ACCUMULATOR)
-    if MASK:
-        flags = load_flags(mask_ptr, s, m, first_n, M, N)
     for step in range(steps):
-        box = a_buffers.index(stage * CONSUMERS + CONSUMER)
+        i = stage * CONSUMERS + CONSUMER
+        box = a_buffers.index(i)
         mbarrier.wait(ready.index(stage), phase)
         if MASK:
-            clear_saturated(box, flags, FLAGS)
+            clear_saturated(box, flag_buffers.index(i), (step if ROWS_FIRST else first_n // DEPTH) % 2)
         if ROWS_FIRST:
             acc = warpgroup_mma(box, b_buffers.index(stage), acc, use_acc=step > 0, is_async=True)
         else:
             acc = warpgroup_mma(box.permute((1, 0)), b_buffers.index(stage), acc, use_acc=step > 0, is_async=True)
-        if MASK:  # not before the product, whose fence would wait for it
-            flags = load_flags(mask_ptr, s, m + (step + 1) * STEP_M, first_n + (step + 1) * STEP_N, M, N)
         acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
         mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), pred=step > 0)
         stage, phase = next_stage(stage, phase, STAGES)
     return acc, stage, phase
+
+
+def packed_flags(mask: Tensor | None) -> TensorDescriptor | None:
+    """``mask [S, ceil(N / 128), M, 4]`` in boxes of 64 rows."""
+    if mask is None:
+        return None
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor.from_tensor(mask.view(-1, 4), [ROWS.value, 4], layout)

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_analog.lang import TINY
 from triton_analog.launch import cdiv, launch, multiprocessors
-from triton_analog.ops.hopper.gradient import gradient_producer, multiply_gradient
+from triton_analog.ops.hopper.gradient import gradient_producer, multiply_gradient, packed_flags
 from triton_analog.ops.hopper.matmul import swizzled
 from triton_analog.ops.hopper.output_stage import MAGIC, clamp
 from triton_analog.ops.hopper.pipeline import DEPTH, ROWS, slice_start, tile_of, wait_for_product
@@ -116,7 +116,7 @@ def dgrad_consumer(
 ):  # fmt: skip
     """Products and output stages of 64 rows of every tile."""
     (
-        ring, x_ptr, mask_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max
+        ring, flag_buffers, x_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max
     ) = args  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
@@ -129,23 +129,7 @@ def dgrad_consumer(
         block_k = block - s * blocks_k
         first_m = (block_m * CONSUMERS + CONSUMER) * ROWS
         acc, stage, phase = multiply_gradient(
-            ring,
-            stage,
-            phase,
-            mask_ptr,
-            s,
-            first_m,
-            0,
-            steps,
-            M,
-            N,
-            MASK,
-            True,
-            CONSUMER,
-            CONSUMERS,
-            COLUMNS,
-            STAGES,
-            LAYOUT,
+            ring, flag_buffers, stage, phase, 0, steps, MASK, True, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT
         )
         acc = wait_for_product(acc, ring, stage, STAGES)
         part = (s * blocks_m * CONSUMERS + block_m * CONSUMERS + CONSUMER) * blocks_k + block_k
@@ -158,7 +142,7 @@ def dgrad_consumer(
 
 @gluon.jit(do_not_specialize=["M"])
 def matmul_dgrad_pipeline_kernel(
-    g, w, x_ptr, mask_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max,
+    g, w, mask, x_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max,
     MASK: gl.constexpr, CLIP: gl.constexpr, FAST: gl.constexpr, STEPS: gl.constexpr, CONSUMERS: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -167,6 +151,7 @@ def matmul_dgrad_pipeline_kernel(
     slice's columns."""
     a_buffers = gl.allocate_shared_memory(g.dtype, [STAGES * CONSUMERS, ROWS, DEPTH], g.layout)
     b_buffers = gl.allocate_shared_memory(w.dtype, [STAGES, DEPTH, COLUMNS], w.layout)
+    flag_buffers = gl.allocate_shared_memory(gl.int32, [STAGES * CONSUMERS, ROWS, 4], mask.layout) if MASK else 0
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -174,13 +159,13 @@ def matmul_dgrad_pipeline_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     ring = (a_buffers, b_buffers, ready, empty)
     args = (
-        ring, x_ptr, mask_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max
+        ring, flag_buffers, x_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max
     )  # fmt: skip
-    loads = (g, w, ring, K, S, blocks_m, blocks_k, steps)
+    loads = (g, w, mask, ring, flag_buffers, M, N, K, S, blocks_m, blocks_k, steps)
     gl.warp_specialize([
         (dgrad_consumer, (args, MASK, CLIP, FAST, STEPS, CONSUMERS, COLUMNS, STAGES, GROUP, 0)),
         (dgrad_consumer, (args, MASK, CLIP, FAST, STEPS, CONSUMERS, COLUMNS, STAGES, GROUP, 1)),
-        (gradient_producer, (loads, True, CONSUMERS, COLUMNS, STAGES, GROUP)),
+        (gradient_producer, (loads, MASK, True, CONSUMERS, COLUMNS, STAGES, GROUP)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -207,7 +192,8 @@ def launch_dgrad(
     programs = min(blocks_m * slices * blocks_k, multiprocessors(x.device))
     launch(
         matmul_dgrad_pipeline_kernel, (programs,), x.device, swizzled(grad, ROWS.value), swizzled(weight, DEPTH.value, COLUMNS),
-        x, mask, input_range, dx, steps, parts, M, N, K, slices, blocks_m, blocks_k, cdiv(N, DEPTH.value), x.stride(0), q_max,
+        packed_flags(mask), x, input_range, dx, steps, parts, M, N, K, slices, blocks_m, blocks_k, cdiv(N, DEPTH.value),
+        x.stride(0), q_max,
         MASK=mask is not None, CLIP=input_range is not None, FAST=fast_mode, STEPS=steps.numel() > 0, CONSUMERS=CONSUMERS,
         COLUMNS=COLUMNS, STAGES=STAGES, GROUP=group_m, REGISTERS=REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
     )  # fmt: skip

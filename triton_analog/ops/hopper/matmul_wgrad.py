@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_analog.launch import cdiv, launch, multiprocessors
-from triton_analog.ops.hopper.gradient import gradient_producer, multiply_gradient
+from triton_analog.ops.hopper.gradient import gradient_producer, multiply_gradient, packed_flags
 from triton_analog.ops.hopper.matmul import swizzled
 from triton_analog.ops.hopper.pipeline import DEPTH, ROWS, slice_start, tile_of, wait_for_product
 from triton_analog.ops.hopper.registers import numbers_of_threads, pack, place_of_thread, store_transposed
@@ -58,7 +58,7 @@ def wgrad_consumer(
     GROUP: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """64 rows of every tile of the weight's gradient."""
-    ring, mask_ptr, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max = args
+    ring, flag_buffers, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max = args
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
     )
@@ -69,23 +69,7 @@ def wgrad_consumer(
         s = block // blocks_k
         first_n = (block_n * CONSUMERS + CONSUMER) * ROWS
         acc, stage, phase = multiply_gradient(
-            ring,
-            stage,
-            phase,
-            mask_ptr,
-            s,
-            0,
-            first_n,
-            steps,
-            M,
-            N,
-            MASK,
-            False,
-            CONSUMER,
-            CONSUMERS,
-            COLUMNS,
-            STAGES,
-            LAYOUT,
+            ring, flag_buffers, stage, phase, first_n, steps, MASK, False, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT
         )
         acc = wait_for_product(acc, ring, stage, STAGES)
         scale = t.to(gl.float32) * 0.0 + 1.0
@@ -100,7 +84,7 @@ def wgrad_consumer(
 
 @gluon.jit(do_not_specialize=["M"])
 def matmul_wgrad_pipeline_kernel(
-    g, x, mask_ptr, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max,
+    g, x, mask, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max,
     MASK: gl.constexpr, SCALE: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -108,18 +92,19 @@ def matmul_wgrad_pipeline_kernel(
     slice's columns."""
     a_buffers = gl.allocate_shared_memory(g.dtype, [STAGES * CONSUMERS, DEPTH, ROWS], g.layout)
     b_buffers = gl.allocate_shared_memory(x.dtype, [STAGES, DEPTH, COLUMNS], x.layout)
+    flag_buffers = gl.allocate_shared_memory(gl.int32, [STAGES * CONSUMERS, DEPTH, 4], mask.layout) if MASK else 0
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     ring = (a_buffers, b_buffers, ready, empty)
-    args = (ring, mask_ptr, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max)
-    loads = (g, x, ring, K, S, blocks_n, blocks_k, steps)
+    args = (ring, flag_buffers, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max)
+    loads = (g, x, mask, ring, flag_buffers, M, N, K, S, blocks_n, blocks_k, steps)
     gl.warp_specialize([
         (wgrad_consumer, (args, MASK, SCALE, CONSUMERS, COLUMNS, STAGES, GROUP, 0)),
         (wgrad_consumer, (args, MASK, SCALE, CONSUMERS, COLUMNS, STAGES, GROUP, 1)),
-        (gradient_producer, (loads, False, CONSUMERS, COLUMNS, STAGES, GROUP)),
+        (gradient_producer, (loads, MASK, False, CONSUMERS, COLUMNS, STAGES, GROUP)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -142,7 +127,7 @@ def launch_wgrad(
     programs = min(blocks_n * slices * blocks_k, multiprocessors(x.device))
     launch(
         matmul_wgrad_pipeline_kernel, (programs,), x.device, swizzled(grad, DEPTH.value, ROWS.value),
-        swizzled(x, DEPTH.value, COLUMNS), mask, input_range, dw, M, N, K, slices, blocks_n, blocks_k, cdiv(M, DEPTH.value),
+        swizzled(x, DEPTH.value, COLUMNS), packed_flags(mask), input_range, dw, M, N, K, slices, blocks_n, blocks_k, cdiv(M, DEPTH.value),
         q_max, MASK=mask is not None, SCALE=input_range is not None, CONSUMERS=CONSUMERS, COLUMNS=COLUMNS, STAGES=STAGES,
         GROUP=group_n, REGISTERS=REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from triton_analog.launch.space import Problem, Space, covers, large_enough, ope
 from triton_analog.ops import _checks as check
 from triton_analog.ops._gradients import can_be_pipelined, multiply_passed, pipelines_gradients
 from triton_analog.ops._operator import Operator
+from triton_analog.ops._parts import launch_column_sums
 from triton_analog.ops._tiles import descriptor, grouped, load_plane, load_tile
 from triton_analog.ops.dac import launch_dac
 from triton_analog.reference.grid import half_steps
@@ -159,20 +160,6 @@ def matmul_wgrad_kernel(
     inside = (n < N)[:, None] & (column < slice_width)[None, :]
     address = dw_ptr + n[:, None] * K + (start + column).to(tl.int64)[None, :]
     tl.store(address, cast(dw, dw_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["M"])
-def column_sums_kernel(grad_ptr, out_ptr, M, N, stride_m, stride_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    sum_columns(grad_ptr, out_ptr, tl.program_id(0) * BLOCK_N, M, N, stride_m, stride_n, BLOCK_M, BLOCK_N)
-
-
-def launch_column_sums(grad: Tensor, out: Tensor) -> None:
-    """Fill ``out [N]``, the bias's gradient."""
-    M, N = grad.shape
-    launch(
-        column_sums_kernel, (cdiv(N, BIAS_COLUMNS.value),), grad.device, grad, out, M, N, *grad.stride(), BLOCK_M=256,
-        BLOCK_N=BIAS_COLUMNS.value, num_warps=8,
-    )  # fmt: skip
 
 
 class MatmulWgrad:

@@ -37,16 +37,19 @@ def gradient_producer(
     GROUP: gl.constexpr,
 ):  # fmt: skip
     """Loads all tiles' blocks: ``g`` by rows of the tile and steps along its columns if ``ROWS_FIRST``, else the other way
-    round, and steps of ``b`` at a slice's columns. A tile is ``blocks_a`` x (slices x ``blocks_k``)."""
-    g, b, mask, ring, flag_buffers, M, N, K, S, blocks_a, blocks_k, steps = loads
+    round, and steps of ``b`` at a slice's columns. Tiles are ``blocks_a`` x (slices x ``blocks_k``), a program's ``part`` of one
+    so many steps."""
+    g, b, mask, ring, flag_buffers, M, N, K, S, blocks_a, blocks_k, steps, part = loads
     a_buffers, b_buffers, ready, empty = ring
     stage, phase = 0, 1
     BYTES: gl.constexpr = (ROWS * CONSUMERS + COLUMNS) * DEPTH * 2 + (CONSUMERS * FLAG_BYTES if MASK else 0)
-    for tile in range(gl.program_id(0), blocks_a * S * blocks_k, gl.num_programs(0)):
-        block_a, block = tile_of(tile, blocks_a, S * blocks_k, GROUP)
+    tiles = blocks_a * S * blocks_k
+    for tile in range(gl.program_id(0), tiles * gl.cdiv(steps, part), gl.num_programs(0)):
+        block_a, block = tile_of(tile % tiles, blocks_a, S * blocks_k, GROUP)
         s = block // blocks_k
         k = slice_start(s, K, S) + block % blocks_k * COLUMNS
-        for step in range(steps):
+        first = tile // tiles * part
+        for step in range(first, gl.minimum(first + part, steps)):
             bar = ready.index(stage)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(bar, BYTES)
@@ -64,8 +67,8 @@ def gradient_producer(
 
 @gluon.jit
 def clear_saturated(box, words, is_right):
-    """``box``: 64 x 64 numbers of 16 bits in shared memory, zero from now on where ``words [64, 4]`` of the mask, in shared memory
-    too, have a bit: for the left 64 of 128 columns, or for the others if it ``is_right``."""
+    """``box``: 64 x 64 numbers of 16 bits in shared memory, zero from now on where ``words [64, 4]`` of the mask, there too, have
+    a bit: those of the left 64 of 128 columns, or of the others if it ``is_right``."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4, 4], [16, 2, 1], [4, 1, 1], [2, 1, 0])
     flags = words.load(gl.SliceLayout(1, LAYOUT)) >> (16 * is_right)
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [4, 1], [1, 0])

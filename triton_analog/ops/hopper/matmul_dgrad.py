@@ -116,7 +116,8 @@ def dgrad_consumer(
 ):  # fmt: skip
     """Products and output stages of 64 rows of every tile."""
     (
-        ring, flag_buffers, x_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max
+        ring, flag_buffers, x_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm,
+        q_max,
     ) = args  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
@@ -140,7 +141,7 @@ def dgrad_consumer(
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "blocks_m"])
 def matmul_dgrad_pipeline_kernel(
     g, w, mask, x_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max,
     MASK: gl.constexpr, CLIP: gl.constexpr, FAST: gl.constexpr, STEPS: gl.constexpr, CONSUMERS: gl.constexpr,
@@ -159,9 +160,10 @@ def matmul_dgrad_pipeline_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     ring = (a_buffers, b_buffers, ready, empty)
     args = (
-        ring, flag_buffers, x_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm, q_max
+        ring, flag_buffers, x_ptr, range_ptr, dx_ptr, steps_ptr, parts_ptr, M, N, K, S, blocks_m, blocks_k, steps, stride_xm,
+        q_max,
     )  # fmt: skip
-    loads = (g, w, mask, ring, flag_buffers, M, N, K, S, blocks_m, blocks_k, steps)
+    loads = (g, w, mask, ring, flag_buffers, M, N, K, S, blocks_m, blocks_k, steps, steps)
     gl.warp_specialize([
         (dgrad_consumer, (args, MASK, CLIP, FAST, STEPS, CONSUMERS, COLUMNS, STAGES, GROUP, 0)),
         (dgrad_consumer, (args, MASK, CLIP, FAST, STEPS, CONSUMERS, COLUMNS, STAGES, GROUP, 1)),

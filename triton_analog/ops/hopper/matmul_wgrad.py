@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from triton_analog.launch import cdiv, launch, multiprocessors
+from triton_analog.ops._parts import launch_add_parts
 from triton_analog.ops.hopper.gradient import gradient_producer, multiply_gradient, packed_flags
 from triton_analog.ops.hopper.matmul import swizzled
 from triton_analog.ops.hopper.pipeline import DEPTH, ROWS, slice_start, tile_of, wait_for_product
@@ -15,6 +17,8 @@ from triton_analog.ops.hopper.registers import numbers_of_threads, pack, place_o
 
 CONSUMERS, COLUMNS, STAGES = 2, 256, 4
 REGISTERS, PRODUCER_REGISTERS = 240, 24
+FEWEST_STEPS = 8
+"""Of a tile that is shared: the parts' way through memory costs as much."""
 STORE_PAIR = gl.constexpr("{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }")
 
 
@@ -58,18 +62,32 @@ def wgrad_consumer(
     GROUP: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """64 rows of every tile of the weight's gradient."""
-    ring, flag_buffers, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max = args
+    ring, flag_buffers, range_ptr, dw_ptr, N, K, S, blocks_n, blocks_k, steps, part, q_max = args
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
     )
     r, t = place_of_thread(LAYOUT, COLUMNS)
     stage, phase = 0, 0
-    for tile in range(gl.program_id(0), blocks_n * S * blocks_k, gl.num_programs(0)):
-        block_n, block = tile_of(tile, blocks_n, S * blocks_k, GROUP)
+    tiles = blocks_n * S * blocks_k
+    for tile in range(gl.program_id(0), tiles * gl.cdiv(steps, part), gl.num_programs(0)):
+        split = tile // tiles
+        block_n, block = tile_of(tile - split * tiles, blocks_n, S * blocks_k, GROUP)
         s = block // blocks_k
         first_n = (block_n * CONSUMERS + CONSUMER) * ROWS
         acc, stage, phase = multiply_gradient(
-            ring, flag_buffers, stage, phase, first_n, steps, MASK, False, CONSUMER, CONSUMERS, COLUMNS, STAGES, LAYOUT
+            ring,
+            flag_buffers,
+            stage,
+            phase,
+            first_n,
+            gl.minimum(part, steps - split * part),
+            MASK,
+            False,
+            CONSUMER,
+            CONSUMERS,
+            COLUMNS,
+            STAGES,
+            LAYOUT,
         )
         acc = wait_for_product(acc, ring, stage, STAGES)
         scale = t.to(gl.float32) * 0.0 + 1.0
@@ -77,19 +95,19 @@ def wgrad_consumer(
             scale = gl.div_rn(scale * gl.abs(gl.load(range_ptr + s).to(gl.float32)), scale * q_max)
         width = K // S + gl.where(s < K % S, 1, 0)
         store_tile(
-            numbers_of_threads(acc, COLUMNS), dw_ptr, scale, slice_start(s, K, S), (block - s * blocks_k) * COLUMNS, width,
-            first_n + r, t, N, K, COLUMNS,
+            numbers_of_threads(acc, COLUMNS), dw_ptr + split.to(gl.int64) * N * K, scale, slice_start(s, K, S),
+            (block - s * blocks_k) * COLUMNS, width, first_n + r, t, N, K, COLUMNS,
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "steps", "part"])
 def matmul_wgrad_pipeline_kernel(
-    g, x, mask, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max,
+    g, x, mask, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, part, q_max,
     MASK: gl.constexpr, SCALE: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     GROUP: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """``g [M, N]`` and ``x [M, K]`` as descriptors; ``steps`` blocks of ``M``, ``blocks_n`` tiles of ``N``, ``blocks_k`` of each
-    slice's columns."""
+    """``g [M, N]`` and ``x [M, K]`` as descriptors; ``steps`` blocks of ``M``, of which a program takes ``part`` and leaves
+    their sum at a ``dw [N, K]`` of their own; ``blocks_n`` tiles of ``N``, ``blocks_k`` of each slice's columns."""
     a_buffers = gl.allocate_shared_memory(g.dtype, [STAGES * CONSUMERS, DEPTH, ROWS], g.layout)
     b_buffers = gl.allocate_shared_memory(x.dtype, [STAGES, DEPTH, COLUMNS], x.layout)
     flag_buffers = gl.allocate_shared_memory(gl.int32, [STAGES * CONSUMERS, DEPTH, 4], mask.layout) if MASK else 0
@@ -99,8 +117,8 @@ def matmul_wgrad_pipeline_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     ring = (a_buffers, b_buffers, ready, empty)
-    args = (ring, flag_buffers, range_ptr, dw_ptr, M, N, K, S, blocks_n, blocks_k, steps, q_max)
-    loads = (g, x, mask, ring, flag_buffers, M, N, K, S, blocks_n, blocks_k, steps)
+    args = (ring, flag_buffers, range_ptr, dw_ptr, N, K, S, blocks_n, blocks_k, steps, part, q_max)
+    loads = (g, x, mask, ring, flag_buffers, M, N, K, S, blocks_n, blocks_k, steps, part)
     gl.warp_specialize([
         (wgrad_consumer, (args, MASK, SCALE, CONSUMERS, COLUMNS, STAGES, GROUP, 0)),
         (wgrad_consumer, (args, MASK, SCALE, CONSUMERS, COLUMNS, STAGES, GROUP, 1)),
@@ -118,16 +136,22 @@ def launch_wgrad(
     q_max: float,
     group_n: int,
 ) -> None:
-    """Fill ``dw [N, K]``. ``input_range``: its step scales the result.
+    """Fill ``dw [N, K]``. ``input_range``: its step scales the result. Where there are fewer tiles than multiprocessors, several
+    share a tile's rows.
 
     ``grad``, ``x``: rows that TMA can address, whose slices begin at multiples of 16 bytes.
     """
     (M, K), N = x.shape, grad.shape[1]
     blocks_n, blocks_k = cdiv(N, ROWS.value * CONSUMERS), cdiv(cdiv(K, slices), COLUMNS)
-    programs = min(blocks_n * slices * blocks_k, multiprocessors(x.device))
+    tiles, steps, processors = blocks_n * slices * blocks_k, cdiv(M, DEPTH.value), multiprocessors(x.device)
+    part = cdiv(steps, max(1, min(processors // tiles, steps // FEWEST_STEPS)))
+    splits = cdiv(steps, part)
+    parts = dw if splits == 1 else torch.empty(splits, N, K, dtype=torch.float32, device=x.device)
     launch(
-        matmul_wgrad_pipeline_kernel, (programs,), x.device, swizzled(grad, DEPTH.value, ROWS.value),
-        swizzled(x, DEPTH.value, COLUMNS), packed_flags(mask), input_range, dw, M, N, K, slices, blocks_n, blocks_k, cdiv(M, DEPTH.value),
-        q_max, MASK=mask is not None, SCALE=input_range is not None, CONSUMERS=CONSUMERS, COLUMNS=COLUMNS, STAGES=STAGES,
+        matmul_wgrad_pipeline_kernel, (min(tiles * splits, processors),), x.device, swizzled(grad, DEPTH.value, ROWS.value),
+        swizzled(x, DEPTH.value, COLUMNS), packed_flags(mask), input_range, parts, M, N, K, slices, blocks_n, blocks_k, steps,
+        part, q_max, MASK=mask is not None, SCALE=input_range is not None, CONSUMERS=CONSUMERS, COLUMNS=COLUMNS, STAGES=STAGES,
         GROUP=group_n, REGISTERS=REGISTERS, PRODUCER_REGISTERS=PRODUCER_REGISTERS, num_warps=4,
     )  # fmt: skip
+    if splits > 1:
+        launch_add_parts(parts, dw)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .grid import TINY, half_steps, range_of, to_grid, wide
-from .noise import INPUT_STREAM, ROUNDING_STREAM, noise, uniform
+from .noise import INPUT_STREAM, ROUNDING_STREAM, noise, of_inputs, uniform
 from .slicing import iter_slices
 
 
@@ -22,7 +22,7 @@ def dac_slice(
         if rounding_seed is None:
             return steps.round_(), r / q_max
         down = steps.floor()
-        u = uniform(rounding_seed, *x.shape, stream=ROUNDING_STREAM, plane=s)
+        u = uniform(of_inputs(rounding_seed), *x.shape, stream=ROUNDING_STREAM, plane=s)
         return down + (u < steps - down), r / q_max
     return torch.maximum(torch.minimum(x, r), -r), 1.0
 
@@ -33,7 +33,7 @@ def disturbed(operand: Tensor, r: Tensor, q_max: float, s: int, inp_noise: float
         return operand
     assert seed is not None
     deviation = inp_noise * (torch.where(r < TINY, 0.0, torch.full_like(r, q_max)) if q_max > 0 else r)
-    return operand + deviation * noise(seed, *operand.shape, stream=INPUT_STREAM, plane=s)
+    return operand + deviation * noise(of_inputs(seed), *operand.shape, stream=INPUT_STREAM, plane=s)
 
 
 def dac(

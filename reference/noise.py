@@ -61,6 +61,22 @@ def polar(word: NDArray) -> tuple[NDArray, NDArray, NDArray]:
     return radius, np.cos(angle), np.sin(angle, out=angle)
 
 
+def is_placed(seed: Tensor | None) -> bool:
+    """Whether ``seed [4]`` also says which part of its field a tensor has: first row, first column, first plane."""
+    return seed is not None and seed.numel() > 1
+
+
+def of_inputs(seed: Tensor) -> Tensor:
+    """``seed`` for a field of the inputs, whose columns count from the slice's first one: those of its place are outputs."""
+    return seed * seed.new_tensor([1, 1, 0, 1]) if is_placed(seed) else seed
+
+
+def place_of(seed: Tensor) -> tuple[int, int, int, int]:
+    """The seed, and the first row, column and plane of its place."""
+    numbers = seed.flatten().tolist()
+    return tuple(numbers) if is_placed(seed) else (numbers[0], 0, 0, 0)
+
+
 def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plane: int = 0) -> Tensor:
     """Standard normals ``[rows, cols]`` in fp32.
 
@@ -69,9 +85,9 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
     the upper eight rows, its sine for the lower.
     """
     row_groups, column_groups = -(-rows // 16), -(-cols // 16)
-    key = int(seed)
-    column = np.arange(4 * column_groups, dtype=_WORD)[None, :]
-    c2, c3 = np.array([plane], dtype=_WORD), np.array([stream], dtype=_WORD)
+    key, first_row, first_column, first_plane = place_of(seed)
+    column = first_column // 4 + np.arange(4 * column_groups, dtype=_WORD)[None, :]
+    c2, c3 = np.array([first_plane + plane], dtype=_WORD), np.array([stream], dtype=_WORD)
     run = np.dtype("V32")  # the eight columns of a half group in one piece
     out = np.empty(
         (row_groups, 2, 8, column_groups, 2), dtype=run
@@ -79,7 +95,7 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
     chunk = max(1, _COUNTERS_PER_CHUNK // max(1, 8 * column.size))
     for start in range(0, row_groups, chunk):
         part = out[start : start + chunk]
-        row = np.arange(8 * start, 8 * (start + len(part)), dtype=_WORD)[:, None]
+        row = first_row // 2 + np.arange(8 * start, 8 * (start + len(part)), dtype=_WORD)[:, None]
         normals = np.empty((2, 2, len(part), 8, column_groups, 4, 2), dtype=np.float32)
         for low, words in enumerate(philox(key, row, column, c2, c3)):
             radius, *directions = (v.reshape(normals.shape[1:-1]) for v in polar(words))
@@ -96,14 +112,15 @@ def uniform(seed: Tensor, rows: int, cols: int, *, stream: int, plane: int = 0) 
     Counters and words are those of :func:`noise`; the upper eight rows have the low half of a word, the lower the high one.
     """
     row_groups, column_groups = -(-rows // 16), -(-cols // 16)
-    column = np.arange(4 * column_groups, dtype=_WORD)[None, :]
-    c2, c3 = np.array([plane], dtype=_WORD), np.array([stream], dtype=_WORD)
+    key, first_row, first_column, first_plane = place_of(seed)
+    column = first_column // 4 + np.arange(4 * column_groups, dtype=_WORD)[None, :]
+    c2, c3 = np.array([first_plane + plane], dtype=_WORD), np.array([stream], dtype=_WORD)
     out = np.empty((row_groups, 2, 8, column_groups, 2, 4, 2), dtype=np.float32)
     chunk = max(1, _COUNTERS_PER_CHUNK // max(1, 8 * column.size))
     for start in range(0, row_groups, chunk):
         part = out[start : start + chunk]
-        row = np.arange(8 * start, 8 * (start + len(part)), dtype=_WORD)[:, None]
-        words = np.stack(philox(int(seed), row, column, c2, c3), -1)
+        row = first_row // 2 + np.arange(8 * start, 8 * (start + len(part)), dtype=_WORD)[:, None]
+        words = np.stack(philox(key, row, column, c2, c3), -1)
         halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)])
         part[:] = halves.reshape(2, 2, len(part), 8, column_groups, 4, 2).transpose(2, 0, 3, 4, 1, 5, 6)
     out += np.float32(0.5)

@@ -11,6 +11,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton_analog.launch import hardware
 from triton_analog.launch.space import Problem
 from triton_analog.ops.matmul import PIPELINED, _can_be_pipelined, _plain_config, launch_matmul
+from triton_analog.seeds import placed
 from triton_analog.tuning.inspect import _cuda_tool, compile_launch, record
 
 HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
@@ -22,10 +23,11 @@ COMPILED = {
     "converter of several slices": {"slices": 8, "dtype": torch.float16},
     "noise of several slices, no bound": {"slices": 8, "noise": True, "bound": False},
     "dynamic range of one slice, no bound": {"slices": 1, "dynamic": True, "bound": False},
+    "noise and converter of a part": {"slices": 8, "noise": True, "placed": True},
 }
 
 
-def launched(slices, noise=False, bound=True, dynamic=False, dtype=torch.bfloat16):
+def launched(slices, noise=False, bound=True, dynamic=False, dtype=torch.bfloat16, placed=False):
     def meta(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -33,7 +35,7 @@ def launched(slices, noise=False, bound=True, dynamic=False, dtype=torch.bfloat1
     return launch_matmul(
         meta(8192, 4096), meta(4096, 4096), meta(4096), meta(slices, *[8192] * dynamic, dtype=torch.float32), slices, 254.0,
         0.04 if noise else 0.0, wmax, 10.0 if bound else 0.0, wmax, 254.0 if bound else -1.0,
-        meta(1, dtype=torch.int64), config=PIPELINED,
+        meta(4 if placed else 1, dtype=torch.int64), config=PIPELINED,
     )  # fmt: skip
 
 
@@ -77,12 +79,14 @@ SHAPES = [
 MODES = {
     "converter": {},
     "noise and converter": {"noise": True},
+    "noise and converter of a part": {"noise": True, "placed": True},
     "dynamic": {"noise": True, "dynamic": True},
     "dynamic, no input converter": {"dynamic": True, "inp_res": -1.0},
     "bound": {"noise": True, "out_res": -1.0},
     "no mask": {"needs_mask": False},
     "no bound": {"out_bound": 0.0, "out_res": -1.0},
     "noise, no bound": {"noise": True, "out_bound": 0.0, "out_res": -1.0},
+    "noise, no bound, of a part": {"noise": True, "placed": True, "out_bound": 0.0, "out_res": -1.0},
     "dynamic, no bound": {"dynamic": True, "out_bound": 0.0, "out_res": -1.0},
     "NaN": {"nan": True},
     "NaN, noise, no bound": {"noise": True, "nan": True, "out_bound": 0.0, "out_res": -1.0},
@@ -101,6 +105,7 @@ def test_numbers_and_mask_are_the_plain_kernel_s(shape, mode, dtype):
         "out_bound": 2.0,
         "out_res": 254.0,
         "nan": False,
+        "placed": False,
     } | mode
     M, N, K, S = shape
     x, w = torch.randn(M, K, device="cuda", dtype=dtype), torch.randn(N, K, device="cuda", dtype=dtype) * 0.02
@@ -109,10 +114,13 @@ def test_numbers_and_mask_are_the_plain_kernel_s(shape, mode, dtype):
         w[N // 2, K // 3] = torch.nan
     r = 2 + torch.rand(*((S, M) if options["dynamic"] else (S,)), device="cuda")
     r.view(-1)[-1] = 0
+    seed = seed_of(7, "cuda")
+    if options["placed"]:
+        seed = placed(seed, 48, 160, 3)
     wmax, noise = 0.05 + 0.02 * torch.rand(S, N, device="cuda"), options["noise"]
     args = (
         x, w, torch.randn(N, device="cuda", dtype=dtype), r, S, options["inp_res"], 0.04 if noise else 0.0, wmax,
-        options["out_bound"], wmax, options["out_res"], seed_of(7, "cuda"), None, 0.0, options.get("needs_mask", True),
+        options["out_bound"], wmax, options["out_res"], seed, None, 0.0, options.get("needs_mask", True),
     )  # fmt: skip
     problem = Problem(
         hardware(x.device), dtype, (M, N, -(-K // S)), (options["out_bound"] > 0, noise, options["dynamic"])

@@ -15,6 +15,7 @@ from triton_analog.ops._operator import composite
 from triton_analog.ops._transforms import Gradient, is_transforming, needs_gradient
 from triton_analog.ops.linear import linear_backward, linear_forward
 from triton_analog.reference import Patches, num_slices
+from triton_analog.reference.noise import is_placed
 from triton_analog.seeds import mix_rank
 
 Kind = Literal["none", "per_tensor", "per_channel"]
@@ -193,7 +194,10 @@ def parts_of(tensor: Tensor | None, groups: int, dim: int = 0) -> list[Any]:
 
 def seeds_of(seed: Tensor | None, groups: int) -> list[Any]:
     """A seed for every group, so that their noise differs; the first has the one that was given."""
-    return [seed if seed is None or group == 0 else seed + group for group in range(groups)]
+    if seed is None or groups == 1:
+        return [seed] * groups
+    place = seed[1:]  # empty, unless the seed is placed
+    return [seed if group == 0 else torch.cat([seed[:1] + group, place]) for group in range(groups)]
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -311,6 +315,13 @@ def _checked(
     check.input_converter(inp_res, found, x.new_empty(0, dtype=dtype))
     check.output_stage(found, 0.0, None, out_bound, found, out_res, seed)
     check.seed_given(weight_seed, False, "weight noise")
+    check.require(
+        not (is_placed(seed) and weight_seed is None and numbers.disturbs_weight and tile_weight is None),
+        lambda: (
+            "weight_seed: missing, but seed is that of a part of the product, which says nothing of the weight's place; pass "
+            "triton_analog.seeds.placed(seed, first_row, first_column) of the weight"
+        ),
+    )
     check.together(
         "x", x, bias=bias, input_range=input_range, weight_clip=weight_clip, seed=seed, weight_seed=weight_seed,
         tile_weight=tile_weight, tile_wmax=tile_wmax,

@@ -62,7 +62,7 @@ def modified_weight(
     Args:
         weight, max_input_size, weight_clip, weight_quantization, weight_res, weight_noise, weight_noise_std, groups: As in
             :func:`analog_linear`, with ``training=True``.
-        seed: int64 ``[1]``; None draws one.
+        seed: int64 ``[1]``, or of a part of the weight (:func:`triton_analog.seeds.placed`); None draws one.
         dtype: That of the inputs it will meet; default that of ``weight``.
 
     Raises:
@@ -162,8 +162,10 @@ def analog_linear(
         training: Noise of weights and outputs is drawn only in training; converters with their input noise, bounds and
             quantization stay on.
         seed: int64 ``[1]`` on the device of ``x``; None draws one (:func:`draw_seed`). The same seed gives the same
-            noise and the same rounding.
-        weight_seed: Seed of the weight noise alone, to keep one noise over several calls; default ``seed``.
+            noise and the same rounding. Where ``x`` and ``weight`` are parts of larger ones, that of their part of the
+            product (:func:`triton_analog.seeds.placed`).
+        weight_seed: Seed of the weight noise alone, to keep one noise over several calls, or that of the part of a weight;
+            default ``seed``, unless that is of a part.
         tile_weight: What :func:`modified_weight` gave for the same weight and settings, to use it in several calls.
         save_input: What the backward keeps of ``x``: ``"full"`` is ``x`` itself (no copy), ``"int8"`` the converter's integers
             and two flags per element, five eighths of the bytes of bf16 for one more read of ``x``; gradients are the same. It

@@ -214,23 +214,57 @@ def one_of_pair(word, is_lower):
 
 
 @triton.jit
+def load_seed(seed_ptr, PLACED: tl.constexpr):
+    """The seed, and the first row, column and plane of the tensor in the seed's field: 0 unless ``PLACED``."""
+    if PLACED:
+        return tl.load(seed_ptr), tl.load(seed_ptr + 1), tl.load(seed_ptr + 2), tl.load(seed_ptr + 3)
+    else:
+        return tl.load(seed_ptr), 0, 0, 0
+
+
+@triton.jit
+def halves_of(seed):
+    """Low and high word of a seed: the generator's keys."""
+    key = seed.to(tl.uint64, bitcast=True)
+    return (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@triton.jit
+def words_of_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Four words for each counter of the elements from ``(row, col)`` on, ``[ROWS // 2, COLS // 4]``; of fewer than 16 rows
+    ``[ROWS, COLS // 4]``.
+
+    Row and column enter the first two rounds separately, which leaves those one-dimensional.
+    """
+    k0, k1 = halves_of(seed)
+    c1 = (col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
+    c2 = (tl.zeros((1, 1), tl.int32) + plane).to(tl.uint32)
+    c3 = tl.full((1, 1), STREAM, tl.uint32)
+    if ROWS >= 16:
+        c0 = row // 2 + tl.arange(0, ROWS // 2)
+    else:
+        m = row + tl.arange(0, ROWS)
+        c0 = m // 16 * 8 + m % 8
+    return philox(c0.to(tl.uint32)[:, None], c1, c2, c3, k0, k1)
+
+
+@triton.jit
+def lower_rows(row, ROWS: tl.constexpr):
+    """Which of fewer than 16 rows from ``row`` on are in the lower half of their group, ``[ROWS, 1]``."""
+    return ((row + tl.arange(0, ROWS)) // 8 % 2 != 0)[:, None]
+
+
+@triton.jit
 def normal_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Standard normals for the logical elements from ``(row, col)`` on; ``col`` and ``COLS`` are multiples of 16, and so is
     ``row`` unless there are fewer ``ROWS``.
 
     One counter ``(row of a group, column group, plane, stream)`` gives the eight numbers of 16 rows and 16 columns that one
     thread of a tensor core's accumulator holds, so the reordering at the end only renames registers. A tile of fewer than 16
-    rows uses half of them. Row and column enter the first two rounds separately, which leaves those one-dimensional.
+    rows uses half of them.
     """
-    key = seed.to(tl.uint64, bitcast=True)
-    k0 = (key & 0xFFFFFFFF).to(tl.uint32)
-    k1 = (key >> 32).to(tl.uint32)
-    c1 = (col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
-    c2 = (tl.zeros((1, 1), tl.int32) + plane).to(tl.uint32)
-    c3 = tl.full((1, 1), STREAM, tl.uint32)
+    w0, w1, w2, w3 = words_of_tile(seed, row, col, plane, STREAM, ROWS, COLS)
     if ROWS >= 16:
-        c0 = (row // 2 + tl.arange(0, ROWS // 2)).to(tl.uint32)[:, None]
-        w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
         r0, cosine0, sine0 = polar(w0)
         r1, cosine1, sine1 = polar(w1)
         r2, cosine2, sine2 = polar(w2)
@@ -240,9 +274,7 @@ def normal_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr,
         z = tl.join(upper, lower).reshape(ROWS // 16, 8, COLS // 16, 4, 2, 2, 2)
         return z.permute(0, 6, 1, 2, 5, 3, 4).reshape(ROWS, COLS)
     else:
-        m = row + tl.arange(0, ROWS)
-        is_lower = ((m // 8) % 2 != 0)[:, None]
-        w0, w1, w2, w3 = philox((m // 16 * 8 + m % 8).to(tl.uint32)[:, None], c1, c2, c3, k0, k1)
+        is_lower = lower_rows(row, ROWS)
         z = tl.join(
             tl.join(one_of_pair(w0, is_lower), one_of_pair(w1, is_lower)),
             tl.join(one_of_pair(w2, is_lower), one_of_pair(w3, is_lower)),
@@ -260,33 +292,21 @@ def between(half):
 def uniform_tile(seed, row, col, plane, STREAM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Numbers between 0 and 1 for the elements from ``(row, col)`` on, with the counters and words of :func:`normal_tile`: the
     upper eight rows have the low half of a word, the lower the high one."""
-    key = seed.to(tl.uint64, bitcast=True)
-    k0 = (key & 0xFFFFFFFF).to(tl.uint32)
-    k1 = (key >> 32).to(tl.uint32)
-    c1 = (col // 4 + tl.arange(0, COLS // 4)).to(tl.uint32)[None, :]
-    c2 = (tl.zeros((1, 1), tl.int32) + plane).to(tl.uint32)
-    c3 = tl.full((1, 1), STREAM, tl.uint32)
+    w0, w1, w2, w3 = words_of_tile(seed, row, col, plane, STREAM, ROWS, COLS)
+    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
     if ROWS >= 16:
-        c0 = (row // 2 + tl.arange(0, ROWS // 2)).to(tl.uint32)[:, None]
-        w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
-        words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
         halves = tl.join(words & 0xFFFF, words >> 16).reshape(ROWS // 16, 8, COLS // 16, 4, 2, 2, 2)
         return between(halves.permute(0, 6, 1, 2, 5, 3, 4).reshape(ROWS, COLS))
     else:
-        m = row + tl.arange(0, ROWS)
-        w0, w1, w2, w3 = philox((m // 16 * 8 + m % 8).to(tl.uint32)[:, None], c1, c2, c3, k0, k1)
-        words = tl.join(tl.join(w0, w1), tl.join(w2, w3)).reshape(ROWS, COLS // 16, 4, 2, 2)
-        words = words.permute(0, 1, 4, 2, 3).reshape(ROWS, COLS)
-        return between(tl.where(((m // 8) % 2 != 0)[:, None], words >> 16, words & 0xFFFF))
+        words = words.reshape(ROWS, COLS // 16, 4, 2, 2).permute(0, 1, 4, 2, 3).reshape(ROWS, COLS)
+        return between(tl.where(lower_rows(row, ROWS), words >> 16, words & 0xFFFF))
 
 
 @triton.jit
 def uniform_at(seed, m, n, plane, STREAM: tl.constexpr):
     """The numbers of :func:`uniform_tile` at rows ``m [ROWS, 1]`` and columns ``n [1, COLS]``, anywhere; ``plane`` is
     ``[1, COLS]``. Eight times the work."""
-    key = seed.to(tl.uint64, bitcast=True)
-    k0 = (key & 0xFFFFFFFF).to(tl.uint32)
-    k1 = (key >> 32).to(tl.uint32)
+    k0, k1 = halves_of(seed)
     c0 = (m // 16 * 8 + m % 8).to(tl.uint32)
     c1 = (n // 16 * 4 + n % 8 // 2).to(tl.uint32)
     w0, w1, w2, w3 = philox(c0, c1, plane.to(tl.uint32), tl.full((1, 1), STREAM, tl.uint32), k0, k1)

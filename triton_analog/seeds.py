@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,6 +37,36 @@ def noise_rank() -> int:
     if _chosen is not None:
         return _chosen
     return dist.get_rank() if _AVAILABLE and dist.is_initialized() else 0
+
+
+def placed(seed: Tensor, first_row: int = 0, first_column: int = 0, first_plane: int = 0) -> Tensor:
+    """``seed`` for a tensor that is a part of a larger one, so that the part's noise is that part of the whole's noise.
+
+    Rows and columns are those of what is disturbed: of a weight output and input features, of a product tokens and output
+    features (the inputs behind it are from the same row on, and all of their columns). Planes are slices; that of a weight is 0.
+
+    Args:
+        seed: int64 ``[1]``, that of the whole.
+        first_row: Where the part begins in the whole, a multiple of 16 below ``2**33``.
+        first_column: Likewise, below ``2**34``.
+        first_plane: The slice of the whole that is the part's first one, below ``2**31``.
+
+    Returns:
+        int64 ``[4]`` on the device of ``seed``, made without waiting for it; for any operation with a ``seed`` but ``program``.
+
+    Raises:
+        TypeError: ``seed`` is not one int64 number.
+        ValueError: a place that the whole's field has no part from.
+    """
+    if seed.dtype != torch.int64 or tuple(seed.shape) != (1,):
+        raise TypeError(f"seed: got {seed.dtype} of shape {tuple(seed.shape)}; int64 of shape (1,) is needed")
+    limits = {"first_row": (first_row, 16, 2**33), "first_column": (first_column, 16, 2**34)}
+    for name, (value, unit, limit) in (limits | {"first_plane": (first_plane, 1, 2**31)}).items():
+        if not (0 <= value < limit and value % unit == 0):
+            below = f"2**{limit.bit_length() - 1}"
+            allowed = f"0 to {below} - 1" if unit == 1 else f"multiples of {unit} below {below}"
+            raise ValueError(f"{name}: got {value}; allowed are {allowed}, as noise is laid out in groups of that size")
+    return torch.cat([seed, *(seed.new_full((1,), value) for value in (first_row, first_column, first_plane))])
 
 
 def mix_rank(seeds: Tensor) -> Tensor:

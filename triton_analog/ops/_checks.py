@@ -131,13 +131,17 @@ def kind(name: str, value: str) -> None:
     )
 
 
-def seed_given(seed: Tensor | None, needed: bool, what: str) -> None:
-    """``seed`` is one int64 number, there if noise is drawn."""
+def seed_given(seed: Tensor | None, needed: bool, what: str, may_be_placed: bool = True) -> None:
+    """``seed`` is one int64 number, or with its place (SEMANTICS 9) four; there if noise is drawn."""
     if seed is None:
         require(not needed, lambda: f"seed: missing, but {what} draws noise; pass an int64 tensor with one element")
         return
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise TypeError(f"seed: got {seed.dtype} of shape {shape_of(seed)}; an int64 tensor with one element is needed")
+    is_seed = seed.numel() == 1 or (may_be_placed and shape_of(seed) == (4,))
+    if seed.dtype != torch.int64 or not is_seed:
+        also = ", or the four of triton_analog.seeds.placed," if may_be_placed else ""
+        raise TypeError(
+            f"seed: got {seed.dtype} of shape {shape_of(seed)}; an int64 tensor with one element{also} is needed"
+        )
 
 
 def output_stage(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 import triton_analog.reference as reference
-from triton_analog.lang import OUTPUT_STREAM, cast, convert, normal_tile, pack_bits
+from triton_analog.lang import OUTPUT_STREAM, cast, convert, load_seed, normal_tile, pack_bits
 from triton_analog.launch import block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
@@ -26,6 +26,7 @@ from triton_analog.ops._tiles import saturated, store_bits
 from triton_analog.ops._transforms import Gradient
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
+from triton_analog.reference.noise import is_placed
 
 PASSED_ELEMENTS = 2**27
 """Of the gradients that slices let pass, kept at one time (or one slice's): 256 MiB of bf16."""
@@ -57,7 +58,8 @@ SPACE = Space(
 def adc_kernel(
     y_ptr, range_ptr, noise_wmax_ptr, bound_wmax_ptr, seed_ptr, out_ptr, mask_ptr,
     M, N, stride_m, stride_n, range_stride, noise_stride, bound_stride, out_noise, out_bound, q_max, plane,
-    NOISE: tl.constexpr, BOUND: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NOISE: tl.constexpr, PLACED: tl.constexpr, BOUND: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     first_n = tl.program_id(1).to(tl.int64) * BLOCK_N
@@ -68,7 +70,10 @@ def adc_kernel(
     v = tl.load(y_ptr + m * stride_m + n * stride_n, mask=inside, other=0.0).to(tl.float32)
     if NOISE:
         wmax = tl.load(noise_wmax_ptr + n * noise_stride, mask=n < N, other=0.0).to(tl.float32)
-        z = normal_tile(tl.load(seed_ptr), first_m, first_n, plane, OUTPUT_STREAM, BLOCK_M, BLOCK_N)
+        seed, row, column, first_plane = load_seed(seed_ptr, PLACED)
+        z = normal_tile(
+            seed, row + first_m, column + first_n, first_plane + plane, OUTPUT_STREAM, BLOCK_M, BLOCK_N
+        )  # fmt: skip
         v += (out_noise * r * wmax) * z
     if BOUND:
         wmax = tl.load(bound_wmax_ptr + n * bound_stride, mask=n < N, other=0.0).to(tl.float32)
@@ -100,8 +105,8 @@ def launch_adc(
     strides = [0 if t is None or t.numel() == 1 else t.stride(0) for t in (input_range, noise_wmax, bound_wmax)]
     launch(
         adc_kernel, grid, y.device, y, input_range, noise_wmax, bound_wmax, seed, out, mask, M, N, *y.stride(), *strides,
-        out_noise, out_bound, q_max, plane, NOISE=out_noise > 0, BOUND=out_bound > 0, QUANTIZE=q_max > 0,
-        **vars(config),
+        out_noise, out_bound, q_max, plane, NOISE=out_noise > 0, PLACED=is_placed(seed), BOUND=out_bound > 0,
+        QUANTIZE=q_max > 0, **vars(config),
     )  # fmt: skip
     return out, mask
 
@@ -245,7 +250,7 @@ def adc(
         out_bound: Bound in units of ``r * bound_wmax``; ``<= 0`` is off.
         bound_wmax: ``[N]`` or ``[1]``.
         out_res: Number of steps between the bounds (> 1) or its inverse; ``<= 0`` does not round. Needs a bound.
-        seed: int64 tensor with one element, needed for noise.
+        seed: int64 tensor with one element, or of a part of the products (:func:`triton_analog.seeds.placed`); needed for noise.
         plane: The slice's index, which picks its field of noise.
 
     Raises:

@@ -24,6 +24,7 @@ from triton_analog.lang import (
     TINY,
     cast,
     clamp,
+    load_seed,
     normal_tile,
     slice_bounds,
     slice_of,
@@ -41,6 +42,7 @@ from triton_analog.ops._operator import Operator
 from triton_analog.ops._transforms import Gradient
 from triton_analog.ops.input_range import _input_range_grad
 from triton_analog.reference.grid import half_steps
+from triton_analog.reference.noise import is_placed
 
 # ---- For the matrix products: a tile of the input as their dot takes it -------------------------------------------------
 
@@ -110,11 +112,12 @@ def convert_columns(x, range_ptr, s, m, M, q_max, MODE: tl.constexpr, QUANTIZE: 
 @triton.jit
 def convert_tile(
     x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, MODE: tl.constexpr, QUANTIZE: tl.constexpr,
-    STO_ROUND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STO_ROUND: tl.constexpr, PLACED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """:func:`convert_columns` of a tile that begins at ``first_m`` and ``first_column`` of the slice, a multiple of 16."""
     if STO_ROUND:
-        u = uniform_tile(tl.load(seed_ptr), first_m, first_column, s, ROUNDING_STREAM, ROWS, COLUMNS)
+        seed, row, _, plane = load_seed(seed_ptr, PLACED)
+        u = uniform_tile(seed, row + first_m, first_column, plane + s, ROUNDING_STREAM, ROWS, COLUMNS)
         return to_random_steps(x, load_range(range_ptr, s, m, M, MODE), q_max, u)
     else:
         return convert_columns(x, range_ptr, s, m, M, q_max, MODE, QUANTIZE)
@@ -123,21 +126,22 @@ def convert_tile(
 @triton.jit
 def disturb_tile(
     x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, inp_noise, MODE: tl.constexpr, QUANTIZE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PLACED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of :func:`convert_tile` plus input noise, in its unit; a range of zero has no noise."""
     deviation = load_range(range_ptr, s, m, M, MODE)
     if QUANTIZE:
         deviation = tl.where(deviation < TINY, 0.0, q_max)
-    z = normal_tile(tl.load(seed_ptr), first_m, first_column, s, INPUT_STREAM, ROWS, COLUMNS)
+    seed, row, _, plane = load_seed(seed_ptr, PLACED)
+    z = normal_tile(seed, row + first_m, first_column, plane + s, INPUT_STREAM, ROWS, COLUMNS)
     return x + inp_noise * deviation * z
 
 
 @triton.jit(do_not_specialize=["M"])
 def dac_kernel(
     x_ptr, range_ptr, out_ptr, seed_ptr, M, K, S, stride_m, stride_k, q_max, inp_noise,
-    MODE: tl.constexpr, QUANTIZE: tl.constexpr, STO_ROUND: tl.constexpr, INPUT_NOISE: tl.constexpr, VALUES: tl.constexpr,
-    CONVERTED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    MODE: tl.constexpr, QUANTIZE: tl.constexpr, STO_ROUND: tl.constexpr, INPUT_NOISE: tl.constexpr, PLACED: tl.constexpr,
+    VALUES: tl.constexpr, CONVERTED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     m = first_m + tl.arange(0, BLOCK_M)
@@ -148,12 +152,12 @@ def dac_kernel(
     x = load_columns(x_ptr, m, start, column, width, M, stride_m, stride_k)
     if not CONVERTED:
         x = convert_tile(
-            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, MODE, QUANTIZE, STO_ROUND, BLOCK_M, BLOCK_K
-        )
+            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, MODE, QUANTIZE, STO_ROUND, PLACED, BLOCK_M, BLOCK_K
+        )  # fmt: skip
     if INPUT_NOISE:
         x = disturb_tile(
-            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, inp_noise, MODE, QUANTIZE, BLOCK_M, BLOCK_K
-        )
+            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, q_max, inp_noise, MODE, QUANTIZE, PLACED, BLOCK_M, BLOCK_K
+        )  # fmt: skip
     if VALUES and QUANTIZE:
         x *= step_of(load_range(range_ptr, s, m, M, MODE), q_max)
     inside = (m < M)[:, None] & (column < width)[None, :]
@@ -183,8 +187,8 @@ def launch_dac(
     launch(
         dac_kernel, (cdiv(M, config.BLOCK_M), cdiv(width, config.BLOCK_K), slices), x.device, x,
         input_range.contiguous(), out, seed, M, K, slices, *x.stride(), q_max, inp_noise, MODE=range_mode(input_range),
-        QUANTIZE=q_max > 0, STO_ROUND=inp_sto_round and q_max > 0, INPUT_NOISE=inp_noise > 0, VALUES=values,
-        CONVERTED=converted, ALIGNED=aligned(K, slices), **vars(config),
+        QUANTIZE=q_max > 0, STO_ROUND=inp_sto_round and q_max > 0, INPUT_NOISE=inp_noise > 0,
+        PLACED=is_placed(seed), VALUES=values, CONVERTED=converted, ALIGNED=aligned(K, slices), **vars(config),
     )  # fmt: skip
     return out
 
@@ -264,7 +268,8 @@ def dac(
         fast_mode: The plain gradient of a clamp instead of the learned-range rule.
         inp_noise: Standard deviation of normal noise behind the converter, in units of the range; 0 is off.
         inp_sto_round: Round up with the probability of the fraction instead of to the nearest step; needs ``inp_res``.
-        seed: int64 tensor with one element, needed for ``inp_noise`` and ``inp_sto_round``.
+        seed: int64 tensor with one element, or that of a part (:func:`triton_analog.seeds.placed`) that has some rows or slices;
+            needed for ``inp_noise`` and ``inp_sto_round``.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
@@ -287,7 +292,7 @@ def dac(
 @triton.jit(do_not_specialize=["M"])
 def dac_steps_kernel(
     x_ptr, range_ptr, steps_ptr, clipped_ptr, seed_ptr, M, K, S, stride_m, stride_k, q_max,
-    MODE: tl.constexpr, STO_ROUND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    MODE: tl.constexpr, STO_ROUND: tl.constexpr, PLACED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tiles of whole bytes of flags, so slices may begin anywhere in them."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
@@ -301,7 +306,8 @@ def dac_steps_kernel(
         r = tl.abs(tl.load(range_ptr + s, mask=k < K, other=0.0).to(tl.float32))
     if STO_ROUND:
         column = k - (s * (K // S) + tl.minimum(s, K % S))  # in its slice
-        q = to_random_steps(x, r, q_max, uniform_at(tl.load(seed_ptr), m, column, s, ROUNDING_STREAM))
+        seed, row, _, plane = load_seed(seed_ptr, PLACED)
+        q = to_random_steps(x, r, q_max, uniform_at(seed, row + m, column, plane + s, ROUNDING_STREAM))
     else:
         q = to_steps(x, r, q_max)
     touches, passes = inside & (tl.abs(x) >= r), inside & (tl.abs(x) <= r)
@@ -340,7 +346,7 @@ def launch_dac_steps(
     launch(
         dac_steps_kernel, (cdiv(M, config.BLOCK_M), cdiv(K, config.BLOCK_K)), x.device, x,
         input_range.contiguous(), steps, clipped, seed, M, K, slices, *x.stride(), half_steps(inp_res),
-        MODE=range_mode(input_range), STO_ROUND=inp_sto_round, **vars(config),
+        MODE=range_mode(input_range), STO_ROUND=inp_sto_round, PLACED=is_placed(seed), **vars(config),
     )  # fmt: skip
     return steps, clipped
 

@@ -30,6 +30,7 @@ from triton_analog.lang import (
     cast,
     clamp,
     dot,
+    load_seed,
     normal_tile,
     pack_bits,
     round_even,
@@ -59,6 +60,7 @@ from triton_analog.ops.matmul_dgrad import _matmul_dgrad
 from triton_analog.ops.matmul_wgrad import _matmul_wgrad
 from triton_analog.reference.adc import mask_shape
 from triton_analog.reference.grid import half_steps
+from triton_analog.reference.noise import is_placed
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def matmul_prepare_kernel(
     M, N, K, S, stride_m, stride_k, width, blocks_m, blocks_k, columns, noise_columns, bound_columns, weight_columns,
     in_q_max, weight_q_max, sigma, out_bound, out_q_max, inp_noise,
     MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, INT8: tl.constexpr,
-    STO_ROUND: tl.constexpr, INPUT_NOISE: tl.constexpr, ALIGNED: tl.constexpr,
+    STO_ROUND: tl.constexpr, INPUT_NOISE: tl.constexpr, PLACED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The first ``blocks_m * blocks_k * S`` programs convert the input, each slice padded with zeros to ``width`` columns; the
@@ -224,12 +226,13 @@ def matmul_prepare_kernel(
         column = first_column + tl.arange(0, BLOCK_K)
         x = load_columns(x_ptr, m, start, column, slice_width, M, stride_m, stride_k)
         x = convert_tile(
-            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, in_q_max, MODE, DAC, STO_ROUND, BLOCK_M, BLOCK_K
-        )
+            x, range_ptr, seed_ptr, s, first_m, first_column, m, M, in_q_max, MODE, DAC, STO_ROUND, PLACED, BLOCK_M, BLOCK_K
+        )  # fmt: skip
         if INPUT_NOISE:
             x = disturb_tile(
-                x, range_ptr, seed_ptr, s, first_m, first_column, m, M, in_q_max, inp_noise, MODE, DAC, BLOCK_M, BLOCK_K
-            )
+                x, range_ptr, seed_ptr, s, first_m, first_column, m, M, in_q_max, inp_noise, MODE, DAC, PLACED, BLOCK_M,
+                BLOCK_K,
+            )  # fmt: skip
             x = tl.where((column < slice_width)[None, :], x, 0.0)
         if INT8:  # integers cannot hold NaN
             is_nan = tl.max((x != x).to(tl.int32), axis=1) > 0
@@ -255,7 +258,8 @@ def finish_slice(
     MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, MASK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``y`` plus what one slice's product ``acc`` becomes in the output stage. Columns beyond ``N`` get coefficients of 0."""
+    """``y`` plus what one slice's product ``acc`` becomes in the output stage; ``seed`` is what :func:`load_seed` gives. Columns
+    beyond ``N`` get coefficients of 0."""
     m = first_m + tl.arange(0, ROWS)
     n = first_n + tl.arange(0, COLUMNS)
     at = coefficient_ptr + s * columns + n
@@ -266,7 +270,8 @@ def finish_slice(
             v *= tl.where(r < TINY, 0.0, 1.0 / tl.where(r < TINY, 1.0, r))
     if NOISE and BOUND:
         noise = tl.load(at + S * columns)[None, :]
-        v += noise * normal_tile(seed, first_m, first_n, s, OUTPUT_STREAM, ROWS, COLUMNS)
+        number, row, column, plane = seed
+        v += noise * normal_tile(number, row + first_m, column + first_n, plane + s, OUTPUT_STREAM, ROWS, COLUMNS)
     if BOUND:
         out = tl.load(at + 2 * S * columns)[None, :]
         if ADC:
@@ -301,7 +306,9 @@ def finish_tile(
                 * load_scale(noise_wmax_ptr, s, n, noise_columns, N)[None, :]
             )
             variance += deviation * deviation
-        y += tl.sqrt(variance) * normal_tile(seed, first_m, first_n, 0, OUTPUT_STREAM, ROWS, COLUMNS)
+        number, row, column, plane = seed
+        size = tl.sqrt(variance)
+        y += size * normal_tile(number, row + first_m, column + first_n, plane, OUTPUT_STREAM, ROWS, COLUMNS)
     if BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if INT8:
@@ -322,9 +329,9 @@ def matmul_kernel(
     x, w, bias_ptr, range_ptr, coefficient_ptr, noise_wmax_ptr, poison_ptr, seed_ptr, y_ptr, mask_ptr,
     M, N, K, S, stride_xm, stride_xk, stride_wn, stride_wk, blocks_n, x_columns, width, noise_columns, in_q_max, sigma,
     out_q_max,
-    MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, INT8: tl.constexpr, CONVERT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
+    MODE: tl.constexpr, DAC: tl.constexpr, NOISE: tl.constexpr, PLACED: tl.constexpr, BOUND: tl.constexpr, ADC: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, INT8: tl.constexpr, CONVERT: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``width`` is that of a slice in whole blocks. Slices lie that far apart in a prepared ``x``; not if it is to
@@ -336,7 +343,7 @@ def matmul_kernel(
     block_m, block_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), blocks_n, GROUP_M)
     first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
     m = first_m + tl.arange(0, BLOCK_M)
-    seed = tl.load(seed_ptr) if NOISE else 0
+    seed = load_seed(seed_ptr, PLACED) if NOISE else 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     y0 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
     y1 = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
@@ -407,8 +414,8 @@ def launch_padding(weight: Tensor, slices: int, width: int) -> Tensor:
     launch(
         matmul_prepare_kernel, (slices * blocks[0] * blocks[1],), weight.device, weight, None, out, *[None] * 6,
         N, 0, K, slices, *weight.stride(), width, *blocks, 0, 1, 1, 1, *[0.0] * 6, MODE=NO_RANGE, DAC=False,
-        NOISE=False, BOUND=False, ADC=False, INT8=False, STO_ROUND=False, INPUT_NOISE=False, ALIGNED=aligned(K, slices),
-        BLOCK_N=16, **vars(tiles),
+        NOISE=False, BOUND=False, ADC=False, INT8=False, STO_ROUND=False, INPUT_NOISE=False, PLACED=False,
+        ALIGNED=aligned(K, slices), BLOCK_N=16, **vars(tiles),
     )  # fmt: skip
     return out
 
@@ -479,7 +486,7 @@ def launch_matmul(
             coefficients, poison, seed if is_random else None, M, N, K, slices, *x.stride(), width, *blocks, columns,
             noise_columns, bound_columns, weight_columns, in_q_max, half_steps(weight_res), sigma, out_bound, out_q_max,
             inp_noise, **flags, STO_ROUND=inp_sto_round and in_q_max > 0, INPUT_NOISE=inp_noise > 0,
-            ALIGNED=aligned(K, slices), BLOCK_N=block_n, **vars(tiles),
+            PLACED=is_random and is_placed(seed), ALIGNED=aligned(K, slices), BLOCK_N=block_n, **vars(tiles),
         )  # fmt: skip
 
     y = new(M, N, dtype=x.dtype)
@@ -505,8 +512,8 @@ def launch_matmul(
         descriptor(weight, config.BLOCK_N, config.BLOCK_K, descriptors),
         None if bias is None else bias.contiguous(), input_range, coefficients, noise_wmax, poison, seed, y, mask,
         M, N, K, slices, *operand.stride(), *weight.stride(), blocks_n, operand.shape[1], width, noise_columns, in_q_max, sigma,
-        out_q_max, **flags, MASK=mask.numel() > 0, BIAS=bias is not None, CONVERT=convert, PRECISION=input_precision(),
-        ALIGNED=aligned(K, slices), **options,
+        out_q_max, **flags, PLACED=out_noise > 0 and is_placed(seed), MASK=mask.numel() > 0, BIAS=bias is not None,
+        CONVERT=convert, PRECISION=input_precision(), ALIGNED=aligned(K, slices), **options,
     )  # fmt: skip
     return y, mask
 
@@ -611,7 +618,8 @@ def matmul(
         out_bound: Output converter's bound in units of ``r * bound_wmax``; ``<= 0`` is off.
         bound_wmax: ``[S, N]`` or ``[S, 1]``.
         out_res: Output converter's number of steps or its inverse; ``<= 0`` does not round.
-        seed: int64 tensor with one element, needed for noise and for stochastic rounding.
+        seed: int64 tensor with one element, or that of a part of a product (:func:`triton_analog.seeds.placed`); needed for noise
+            and for stochastic rounding.
         weight_wmax: Scale of an int8 weight, ``[S, N]`` or ``[S, 1]``.
         weight_res: Number of states of an int8 weight (at most 254) or its inverse.
         needs_mask: Whether to write the mask; without it there is no backward through a bound.

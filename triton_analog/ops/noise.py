@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 import triton_analog.reference as reference
-from triton_analog.lang import normal_tile
+from triton_analog.lang import load_seed, normal_tile
 from triton_analog.launch import block, cdiv, launch
 from triton_analog.launch.lookup import choose
 from triton_analog.launch.space import POWERS, Problem, Space, tile_fits
 from triton_analog.ops import _checks as check
 from triton_analog.ops._operator import Operator
-from triton_analog.reference.noise import USER_STREAM
+from triton_analog.reference.noise import USER_STREAM, is_placed
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ SPACE = Space(
 
 @triton.jit(do_not_specialize=["rows", "plane"])
 def noise_kernel(
-    seed_ptr, out_ptr, rows, cols, plane, STREAM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    seed_ptr, out_ptr, rows, cols, plane,
+    STREAM: tl.constexpr, PLACED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M
     col = tl.program_id(1).to(tl.int64) * BLOCK_N
-    z = normal_tile(tl.load(seed_ptr), row, col, plane, STREAM, BLOCK_M, BLOCK_N)
+    seed, first_row, first_col, first_plane = load_seed(seed_ptr, PLACED)
+    z = normal_tile(seed, first_row + row, first_col + col, first_plane + plane, STREAM, BLOCK_M, BLOCK_N)
     m = row + tl.arange(0, BLOCK_M)[:, None]
     n = col + tl.arange(0, BLOCK_N)[None, :]
     tl.store(out_ptr + m * cols + n, z, mask=(m < rows) & (n < cols))
@@ -59,7 +61,9 @@ def launch_noise(
     config = config or choose(SPACE, seed.device, torch.float32, (rows, cols))
     out = torch.empty(rows, cols, dtype=torch.float32, device=seed.device)
     grid = (cdiv(rows, config.BLOCK_M), cdiv(cols, config.BLOCK_N))
-    launch(noise_kernel, grid, seed.device, seed, out, rows, cols, plane, STREAM=stream, **vars(config))
+    launch(
+        noise_kernel, grid, seed.device, seed, out, rows, cols, plane, STREAM=stream, PLACED=is_placed(seed), **vars(config)
+    )  # fmt: skip
     return out
 
 
@@ -77,7 +81,8 @@ def noise(seed: Tensor, rows: int, cols: int, *, stream: int = USER_STREAM, plan
     fields on every backend, to fp32 rounding, and a larger field contains the smaller one.
 
     Args:
-        seed: int64 tensor with one element; it stays on its device.
+        seed: int64 tensor with one element, or that of a part of the field (:func:`triton_analog.seeds.placed`); it stays on its
+            device.
         rows: Number of rows, at most 2**33.
         cols: Number of columns, at most 2**34.
         stream: Independent stream in ``0 .. 2**32 - 1``; 0 is the library's weight noise, 1 its output noise, and from

@@ -251,8 +251,8 @@ def program(
             f"{weight.shape[0]}) and ({len(wmax)}, 1)"
         ),
     )
-    check.seed_given(seed, True, "program")
-    check.seed_given(read_seed, False, "read noise")
+    check.seed_given(seed, True, "program", may_be_placed=False)
+    check.seed_given(read_seed, False, "read noise", may_be_placed=False)
     check.together("weight", weight, wmax=wmax, seed=seed, read_seed=read_seed, curves=curves, gain=gain)
     check.require(cell in CELLS, lambda: f"cell: got {cell!r}; allowed are {', '.join(map(repr, CELLS))}")
     check.require(

@@ -17,6 +17,7 @@ import triton_analog.reference as reference
 from triton_analog.lang import (
     WEIGHT_STREAM,
     clamp,
+    load_seed,
     normal_tile,
     round_even,
     step_of,
@@ -38,6 +39,7 @@ from triton_analog.ops.absmax import (
     magnitude_bits,
 )
 from triton_analog.reference.grid import half_steps
+from triton_analog.reference.noise import is_placed
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def largest_of_slice(maxima_ptr, s, P, BLOCK_P: tl.constexpr):
 @triton.jit
 def modify(
     w, quant_scale, noise_scale, seed_ptr, n, k, q_max, std_dev, CLAMP: tl.constexpr, QUANTIZE: tl.constexpr,
-    INTEGERS: tl.constexpr, NOISE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    INTEGERS: tl.constexpr, NOISE: tl.constexpr, PLACED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The tile of the weight from row ``n`` and column ``k`` on, clipped or quantized, then disturbed."""
     if QUANTIZE:
@@ -101,7 +103,8 @@ def modify(
     elif CLAMP:
         w = clamp(w, quant_scale)
     if NOISE:
-        z = normal_tile(tl.load(seed_ptr), n, k, 0, WEIGHT_STREAM, BLOCK_N, BLOCK_K)
+        seed, first_n, first_k, plane = load_seed(seed_ptr, PLACED)
+        z = normal_tile(seed, first_n + n, first_k + k, plane, WEIGHT_STREAM, BLOCK_N, BLOCK_K)
         w = tl.fma(
             (std_dev * noise_scale) + tl.zeros_like(z), z, w
         )  # by name: which product the compiler fuses may change
@@ -111,8 +114,8 @@ def modify(
 @triton.jit(do_not_specialize=["N", "P"])
 def weight_kernel(
     w_ptr, clip_ptr, maxima_ptr, seed_ptr, wmax_ptr, out_ptr, N, K, S, P, stride_n, stride_k, stride_cs, stride_cn,
-    q_max, std_dev, QUANTIZATION: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr, ONE_TILE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    q_max, std_dev, QUANTIZATION: tl.constexpr, NOISE: tl.constexpr, PLACED: tl.constexpr, ALIGNED: tl.constexpr,
+    ONE_TILE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one slice, which is read once if it fits in ``ONE_TILE``.
 
@@ -155,7 +158,8 @@ def weight_kernel(
             w = load_tile(w_ptr, n, k, stride_n, stride_k, N, loaded)
         new = modify(
             w, quant_scale, noise_scale, seed_ptr, first_n, first, q_max, std_dev, clip_ptr is not None,
-            QUANTIZATION != "none", out_ptr.dtype.element_ty == tl.int8, NOISE != "none", BLOCK_N, BLOCK_K,
+            QUANTIZATION != "none", out_ptr.dtype.element_ty == tl.int8, NOISE != "none", PLACED, BLOCK_N,
+            BLOCK_K,
         )  # fmt: skip
         store_tile(out_ptr, new, n, k, N, K, start, end, ALIGNED)
 
@@ -191,8 +195,8 @@ def launch_weight(
     launch(
         weight_kernel, (cdiv(N, config.BLOCK_N) * slices,), weight.device, weight, clip, maxima, seed, wmax, out,
         N, K, slices, P, *weight.stride(), *((0, 0) if clip is None else clip.stride()), half_steps(res), std_dev,
-        QUANTIZATION=quantization, NOISE=noise_type, ALIGNED=aligned(K, slices), ONE_TILE=width <= config.BLOCK_K,
-        BLOCK_P=block(P, 2**20), **vars(config),
+        QUANTIZATION=quantization, NOISE=noise_type, PLACED=is_placed(seed), ALIGNED=aligned(K, slices),
+        ONE_TILE=width <= config.BLOCK_K, BLOCK_P=block(P, 2**20), **vars(config),
     )  # fmt: skip
     return out, wmax
 
@@ -274,7 +278,8 @@ def weight(
         res: Number of states (> 1) or its inverse, for quantization.
         noise_type: ``"none"``, ``"per_tensor"`` or ``"per_channel"``.
         std_dev: Standard deviation of the noise in units of ``wmax`` (its largest channel's for ``"per_tensor"``).
-        seed: int64 tensor with one element, needed for noise: the same seed gives the same noise again.
+        seed: int64 tensor with one element, or that of a part of a weight (:func:`triton_analog.seeds.placed`); needed for noise:
+            the same seed gives the same noise again.
         dtype: Of the result; default that of ``weight``. int8 needs a quantization to at most 254 states and no noise.
 
     Raises:

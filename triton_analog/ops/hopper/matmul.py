@@ -16,6 +16,7 @@ from triton_analog.ops.hopper.output_stage import (
     fetch_coefficients,
     fetch_deviations,
     finish_slice,
+    load_seed,
     range_of_row,
     store_rows,
 )
@@ -28,6 +29,7 @@ from triton_analog.ops.hopper.pipeline import (
     wait_for_product,
 )
 from triton_analog.ops.hopper.registers import numbers_of_threads, place_of_thread
+from triton_analog.reference.noise import is_placed
 
 
 class Tile(NamedTuple):
@@ -120,9 +122,9 @@ def consume_slices(
 
 @gluon.jit
 def consumer(
-    args, MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, BOUND: gl.constexpr, ADC: gl.constexpr,
-    MASK: gl.constexpr, BIAS: gl.constexpr, WIDE: gl.constexpr, ONE_SLICE: gl.constexpr, CONSUMERS: gl.constexpr,
-    COLUMNS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, CONSUMER: gl.constexpr,
+    args, MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, PLACED: gl.constexpr, BOUND: gl.constexpr,
+    ADC: gl.constexpr, MASK: gl.constexpr, BIAS: gl.constexpr, WIDE: gl.constexpr, ONE_SLICE: gl.constexpr,
+    CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """Products and output stages of 64 rows of every tile."""
     (
@@ -135,7 +137,7 @@ def consumer(
     blocks_m = gl.cdiv(M, ROWS * CONSUMERS)
     blocks_n = gl.cdiv(N, COLUMNS)
     r, t = place_of_thread(LAYOUT, COLUMNS)
-    seed = gl.load(seed_ptr).to(gl.uint64, bitcast=True) if NOISE else 0
+    seed = load_seed(seed_ptr, PLACED) if NOISE else 0
     nothing = t.to(gl.float32) * 0.0
     stage, phase = 0, 0
     for tile in range(gl.program_id(0), blocks_m * blocks_n, gl.num_programs(0)):
@@ -178,9 +180,10 @@ def consumer(
 def matmul_pipeline_kernel(
     x, w, bias_ptr, range_ptr, coefficient_ptr, noise_wmax_ptr, seed_ptr, y_ptr, mask_ptr, M, N, K, S, steps, columns,
     noise_columns, in_q_max, sigma, out_q_max,
-    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, BOUND: gl.constexpr, ADC: gl.constexpr, MASK: gl.constexpr,
-    BIAS: gl.constexpr, WIDE: gl.constexpr, ONE_SLICE: gl.constexpr, CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    MODE: gl.constexpr, DAC: gl.constexpr, NOISE: gl.constexpr, PLACED: gl.constexpr, BOUND: gl.constexpr, ADC: gl.constexpr,
+    MASK: gl.constexpr, BIAS: gl.constexpr, WIDE: gl.constexpr, ONE_SLICE: gl.constexpr, CONSUMERS: gl.constexpr,
+    COLUMNS: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``x``: prepared, each slice padded with zeros to ``steps`` blocks; ``w [N, K]``; both as descriptors."""
     a_buffers = gl.allocate_shared_memory(x.dtype, [STAGES * CONSUMERS, ROWS, DEPTH], x.layout)
@@ -201,15 +204,20 @@ def matmul_pipeline_kernel(
     # Constants stay constants only if they are named here.
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (args, MODE, DAC, NOISE, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 0)),
-            (consumer, (args, MODE, DAC, NOISE, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 1)),
+            (consumer, (args, MODE, DAC, NOISE, PLACED, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES,
+                        GROUP_M, 0)),
+            (consumer, (args, MODE, DAC, NOISE, PLACED, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES,
+                        GROUP_M, 1)),
             (producer, (loads, CONSUMERS, COLUMNS, STAGES, GROUP_M)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer, (args, MODE, DAC, NOISE, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 0)),
-            (consumer, (args, MODE, DAC, NOISE, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 1)),
-            (consumer, (args, MODE, DAC, NOISE, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES, GROUP_M, 2)),
+            (consumer, (args, MODE, DAC, NOISE, PLACED, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES,
+                        GROUP_M, 0)),
+            (consumer, (args, MODE, DAC, NOISE, PLACED, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES,
+                        GROUP_M, 1)),
+            (consumer, (args, MODE, DAC, NOISE, PLACED, BOUND, ADC, MASK, BIAS, WIDE, ONE_SLICE, CONSUMERS, COLUMNS, STAGES,
+                        GROUP_M, 2)),
             (producer, (loads, CONSUMERS, COLUMNS, STAGES, GROUP_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -243,6 +251,6 @@ def launch_product(
         swizzled(weight, tile.COLUMNS), None if bias is None else bias.contiguous(), input_range, coefficients, noise_wmax, seed,
         y, mask, M, N, weight.shape[1], slices, operand.shape[1] // slices // DEPTH.value,
         0 if coefficients is None else coefficients.shape[2], 1 if noise_wmax is None else noise_wmax.shape[1], in_q_max, sigma,
-        out_q_max, **flags, MASK=mask.numel() > 0, BIAS=bias is not None, WIDE=N % 8 == 0, ONE_SLICE=slices == 1,
-        **tile._asdict(), GROUP_M=group_m, num_warps=4,
+        out_q_max, **flags, PLACED=flags["NOISE"] and is_placed(seed), MASK=mask.numel() > 0, BIAS=bias is not None,
+        WIDE=N % 8 == 0, ONE_SLICE=slices == 1, **tile._asdict(), GROUP_M=group_m, num_warps=4,
     )  # fmt: skip

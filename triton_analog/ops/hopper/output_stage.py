@@ -58,6 +58,18 @@ def fetch_deviations(
 
 
 @gluon.jit
+def load_seed(seed_ptr, PLACED: gl.constexpr):
+    """The generator's keys, and what the counters of a tensor's first element are."""
+    seed = gl.load(seed_ptr).to(gl.uint64, bitcast=True)
+    keys = (seed & 0xFFFFFFFF).to(gl.uint32), (seed >> 32).to(gl.uint32)
+    if PLACED:
+        row, column, plane = gl.load(seed_ptr + 1), gl.load(seed_ptr + 2), gl.load(seed_ptr + 3)
+        return keys, ((row // 2).to(gl.uint32), (column // 4).to(gl.uint32), plane.to(gl.uint32))
+    else:
+        return keys, (0, 0, 0)
+
+
+@gluon.jit
 def range_of_row(range_ptr, s, m, M):
     """Magnitude of a dynamic range; 0 beyond the rows."""
     return gl.abs(gl.load(range_ptr + s * M + m, mask=m < M, other=0.0).to(gl.float32))
@@ -130,11 +142,12 @@ def finish_slice(
 ):  # fmt: skip
     """``sums`` plus what one slice's ``products`` become; both as :func:`numbers_of_threads` orders them. ``ranges`` are those of
     the thread's two rows, of which ``m`` is the first. Without ``BOUND``: ``products`` with the noise of all slices."""
-    row = (m // 16 * 8 + m % 8).to(gl.uint32)
-    counters = (row, (first_n // 4 + t).to(gl.uint32), row * 0 + s, row * 0 + OUTPUT_STREAM, 0, 0)
+    counters = (m, t, s, s, 0, 0)
     if NOISE:
-        keys = (seed & 0xFFFFFFFF).to(gl.uint32), (seed >> 32).to(gl.uint32)
-        counters = (row, (first_n // 4 + t).to(gl.uint32), row * 0 + s, row * 0 + OUTPUT_STREAM, keys[0], keys[1])
+        keys, place = seed[0], seed[1]
+        row = (m // 16 * 8 + m % 8).to(gl.uint32) + place[0]
+        column = (first_n // 4 + t).to(gl.uint32) + place[1]
+        counters = (row, column, row * 0 + place[2] + s, row * 0 + OUTPUT_STREAM, keys[0], keys[1])
     inverses = (0.0, 0.0)
     if MODE == DYNAMIC_RANGE and not DAC:
         inverses = (inverse(ranges[0]), inverse(ranges[1]))

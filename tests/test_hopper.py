@@ -1,5 +1,6 @@
-"""The pipelined product of Hopper GPUs: compiled everywhere, and on such a GPU equal to the plain kernel's."""
+"""The pipelined products of Hopper GPUs: compiled everywhere, and on such a GPU equal to the plain kernels'."""
 
+import importlib
 import re
 import subprocess
 
@@ -11,14 +12,18 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton_analog.launch import hardware
 from triton_analog.launch.space import Problem
 from triton_analog.ops.matmul import PIPELINED, _can_be_pipelined, _plain_config, launch_matmul
+from triton_analog.ops.matmul_dgrad import MatmulDgrad, launch_matmul_dgrad
+from triton_analog.ops.matmul_wgrad import MatmulWgrad, launch_matmul_wgrad
+from triton_analog.reference import pack_bits
 from triton_analog.seeds import placed
 from triton_analog.tuning.inspect import _cuda_tool, compile_launch, record
 
+dgrad, wgrad = (importlib.import_module(f"triton_analog.ops.matmul_{name}") for name in ("dgrad", "wgrad"))
 HOPPER = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() == (9, 0)
 
 # ---- Compiled, without a GPU --------------------------------------------------------------------------------------------
 
-COMPILED = {
+PRODUCTS = {
     "noise and converter of one slice": {"slices": 1, "noise": True},
     "converter of several slices": {"slices": 8, "dtype": torch.float16},
     "noise of several slices, no bound": {"slices": 8, "noise": True, "bound": False},
@@ -27,21 +32,52 @@ COMPILED = {
 }
 
 
-def launched(slices, noise=False, bound=True, dynamic=False, dtype=torch.bfloat16, placed=False):
-    def meta(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
 
+
+def launched(slices, noise=False, bound=True, dynamic=False, dtype=torch.bfloat16, placed=False):
     wmax = meta(slices, 4096, dtype=torch.float32)
     return launch_matmul(
-        meta(8192, 4096), meta(4096, 4096), meta(4096), meta(slices, *[8192] * dynamic, dtype=torch.float32), slices, 254.0,
-        0.04 if noise else 0.0, wmax, 10.0 if bound else 0.0, wmax, 254.0 if bound else -1.0,
-        meta(4 if placed else 1, dtype=torch.int64), config=PIPELINED,
+        meta(8192, 4096, dtype=dtype), meta(4096, 4096, dtype=dtype), meta(4096, dtype=dtype),
+        meta(slices, *[8192] * dynamic, dtype=torch.float32), slices, 254.0, 0.04 if noise else 0.0, wmax,
+        10.0 if bound else 0.0, wmax, 254.0 if bound else -1.0, meta(4 if placed else 1, dtype=torch.int64), config=PIPELINED,
     )  # fmt: skip
+
+
+def launched_dgrad(slices, mask=True, clip=True):
+    return MatmulDgrad(
+        meta(8192, 4096), meta(4096, 4096), meta(8192, 4096), None, meta(slices, dtype=torch.float32) if clip else None, slices,
+        None, 0.0, 1.0, False, 254.0, clip, dgrad.PIPELINED,
+    ).launch_masked(meta(8192, 4096), meta(slices, 32, 8192, 4, dtype=torch.int32) if mask else None)  # fmt: skip
+
+
+def launched_wgrad(slices, mask=True, dtype=torch.float32, columns=4096):
+    grad = meta(8192, columns)
+    return MatmulWgrad(
+        grad,
+        meta(8192, 4096),
+        meta(slices, dtype=torch.float32),
+        slices,
+        None,
+        254.0,
+        dtype,
+        True,
+        config=wgrad.PIPELINED,
+    ).launch_masked(grad, meta(slices, -(-columns // 128), 8192, 4, dtype=torch.int32) if mask else None)
+
+
+COMPILED = {f"product, {name}": lambda options=options: launched(**options) for name, options in PRODUCTS.items()} | {
+    "dgrad, everything": lambda: launched_dgrad(8),
+    "dgrad, nothing": lambda: launched_dgrad(1, mask=False, clip=False),
+    "wgrad, mask": lambda: launched_wgrad(8),
+    "wgrad, shared tiles, bf16": lambda: launched_wgrad(1, mask=False, dtype=torch.bfloat16, columns=256),
+}
 
 
 @pytest.fixture(scope="module", params=COMPILED.values(), ids=COMPILED)
 def compiled_kernel(request):
-    *_, launch = record(lambda: launched(**request.param), "sm_90")
+    (launch,) = [one for one in record(request.param, "sm_90") if "pipeline" in one.kernel.__name__]
     return compile_launch(launch, "sm_90")
 
 
@@ -143,3 +179,53 @@ def test_numbers_and_mask_are_the_plain_kernel_s(shape, mode, dtype):
         equal_nan=True,
     )
     assert (mask != our_mask).float().mean() < 1e-3 if mask.numel() else our_mask.numel() == 0
+
+
+GRADIENTS = [
+    (1000, 296, 2048, 1),
+    (200, 136, 528, 3),
+    (64, 8, 2048, 8),
+    (2048, 256, 768, 2),  # tiles that several programs share
+    (1000, 300, 520, 4),  # rows that TMA does not take, and slices: the plain kernel steps in
+]
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("mode", ["learned range", "fast mode", "no mask", "no range", "NaN"])
+@pytest.mark.parametrize("shape", GRADIENTS)
+def test_gradients_are_the_plain_kernels(shape, mode, dtype):
+    """The mask acts on exact numbers and the sums are in fp32: what differs are roundings of other orders."""
+    M, N, K, S = shape
+    grad, x = torch.randn(M, N, device="cuda", dtype=dtype), torch.randn(M, K, device="cuda", dtype=dtype)
+    weight = torch.randn(N, K, device="cuda", dtype=dtype) * 0.05
+    ranges, mask = torch.rand(S, device="cuda") + 0.5, None
+    if mode != "no mask":
+        mask = torch.stack([pack_bits(torch.rand(M, N) < 0.2) for _ in range(S)]).cuda()
+    if mode == "NaN":  # of what saturated nothing arrives, of the rest everything
+        mask |= pack_bits(grad.isnan().cpu().index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(True))).cuda()
+        grad[0, 0] = grad[M // 2, N // 2] = torch.nan
+        x[1, 1] = torch.nan
+    if mode == "learned range" and S > 1:
+        ranges[-1] = 0
+        x[1, -1] = 0
+    hopper, sizes = hardware(x.device), (M, N, -(-K // S))
+    args = (
+        grad, weight, x, None, None if mode == "no range" else ranges, S, mask, 0.01, 0.5, mode == "fast mode", 254.0,
+        mode != "no range",
+    )  # fmt: skip
+    plain = launch_matmul_dgrad(*args, config=dgrad._plain_config(Problem(hopper, dtype, sizes, (mode != "no range",))))
+    ours = launch_matmul_dgrad(*args, config=dgrad.PIPELINED)
+    rounding = 2**-7 if dtype == torch.bfloat16 else 2**-9
+    for expected, found, atol in zip(plain, ours, (1e-5 * N**0.5, 2e-5 * (M * K) ** 0.5, 0.0), strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), rtol=rounding, atol=atol, equal_nan=True)
+    args = (grad, plain[2] if mode != "no range" else x, ranges, S, mask, 254.0 if mode != "no range" else -1.0)
+    for out in (torch.float32, dtype):
+        options = (out, mode != "no range", torch.float32)
+        plain_dw, plain_db = launch_matmul_wgrad(
+            *args, *options, config=wgrad._plain_config(Problem(hopper, dtype, sizes))
+        )
+        dw, db = launch_matmul_wgrad(*args, *options, config=wgrad.PIPELINED)
+        rtol = 1e-5 if out == torch.float32 else rounding
+        torch.testing.assert_close(dw.float(), plain_dw.float(), rtol=rtol, atol=1e-5 * M**0.5, equal_nan=True)
+        torch.testing.assert_close(db, plain_db, rtol=1e-5, atol=1e-5 * M**0.5, equal_nan=True)

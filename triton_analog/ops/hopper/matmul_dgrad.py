@@ -19,6 +19,7 @@ from triton_analog.ops.hopper.registers import (
     pack,
     place_of_thread,
     store_transposed,
+    sum_of_threads,
     transposed,
     unpack,
 )
@@ -105,8 +106,8 @@ def finish_tile(
                 if STEPS:
                     store_transposed(step_words[4 * h : 4 * h + 4], t, steps_ptr + at + 8 * h * K, inside)
     if CLIP:
-        gl.store(parts_ptr + part * 2, gl.sum(gl.sum(gl.sum(sums[0], 2), 1), 0))
-        gl.store(parts_ptr + part * 2 + 1, gl.sum(gl.sum(gl.sum(sums[1], 2), 1), 0))
+        gl.store(parts_ptr + part * 2, sum_of_threads(sums[0]))
+        gl.store(parts_ptr + part * 2 + 1, sum_of_threads(sums[1]))
 
 
 @gluon.jit

@@ -99,6 +99,17 @@ def numbers_of_columns(buffer, j, like):
 
 
 @gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def sum_of_threads(x):
+    """Of a single number of each thread of a warpgroup. (Triton's own ``sum`` is not Gluon's where the interpreter is on.)"""
+    return gl.reduce(gl.reduce(gl.reduce(x, 2, add), 1, add), 0, add)
+
+
+@gluon.jit
 def pack(low, high, DTYPE: gl.constexpr):
     """Two fp32 numbers, rounded to a 16-bit type, in one word."""
     ASM: gl.constexpr = PACK_BF16 if DTYPE == gl.bfloat16 else PACK_FP16

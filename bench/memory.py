@@ -96,7 +96,8 @@ def ours(rows: int, k: int, n: int, recipe: Recipe, size: int) -> Kept:
         kept,
         rows * k * size if full else 0,
         rows * n * size + weight + converted,  # output, noisy weight, the converter's integers
-        # Output, two gradients, noisy weight and integers again, and what each slice lets pass of the gradient.
+        # Output, two gradients, noisy weight and integers again, and what each slice lets pass of the gradient (which Hopper's
+        # pipeline does without).
         (rows * n + rows * k + n * k) * size + weight + converted + passed,
     )
 

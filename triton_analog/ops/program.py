@@ -25,18 +25,39 @@ from triton_analog.reference.program import LARGEST as reference_largest
 
 DEVICE_STREAM = tl.constexpr(FIRST_STREAM)
 LARGEST = tl.constexpr(reference_largest)
-BLOCK_N, BLOCK_K = 32, 64
+BLOCK_N, BLOCK_K, WARPS = 32, 64, 8
 
 
 @triton.jit
-def curve_at(curves_ptr, r, COLUMN: tl.constexpr, KNOTS: tl.constexpr):
-    """Curve ``COLUMN`` of ``curves [KNOTS, 4]`` at ``r``: straight lines between the knots ``LARGEST * (i / (KNOTS - 1))**2``."""
+def curve(curves_ptr, COLUMN: tl.constexpr, KNOTS: tl.constexpr):
+    """The knots of curve ``COLUMN`` of ``curves [KNOTS, 4]``, as a power of two of them."""
+    BLOCK: tl.constexpr = triton.next_power_of_2(KNOTS)
+    return tl.load(curves_ptr + tl.minimum(tl.arange(0, BLOCK), KNOTS - 1) * 4 + COLUMN)
+
+
+@triton.jit
+def place_on_curves(r, KNOTS: tl.constexpr):
+    """The knot below ``r``, and how far it is to the next; the knots are at ``LARGEST * (i / (KNOTS - 1))**2``."""
     inside = tl.minimum(tl.maximum(tl.where(r == r, r, 0.0), 0.0), LARGEST)
     position = tl.sqrt(inside / LARGEST) * (KNOTS - 1)
     i = tl.minimum(position.to(tl.int32), KNOTS - 2)
+    return i, position - i.to(tl.float32)
+
+
+@triton.jit
+def curve_at(knots, i, fraction, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A curve at a place for each element. The knots are looked up in shared memory: to a cache a warp's lookups are as many
+    lines."""
+    i = i.reshape(ROWS * COLUMNS)
+    first = tl.gather(knots, i, 0).reshape(ROWS, COLUMNS)
+    return first + fraction * (tl.gather(knots, i + 1, 0).reshape(ROWS, COLUMNS) - first)
+
+
+@triton.jit
+def curve_at_one(curves_ptr, i, fraction, COLUMN: tl.constexpr):
+    """Curve ``COLUMN`` at one place for all."""
     first = tl.load(curves_ptr + i * 4 + COLUMN)
-    second = tl.load(curves_ptr + i * 4 + (4 + COLUMN))
-    return first + (position - i.to(tl.float32)) * (second - first)
+    return first + fraction * (tl.load(curves_ptr + i * 4 + (4 + COLUMN)) - first)
 
 
 @triton.jit
@@ -46,34 +67,68 @@ def within(v, lowest, highest):
 
 
 @triton.jit
-def device(
-    g, seed, read_seed, n, k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low,
-    stuck_high, moment,
-    NUMBER: tl.constexpr, DRIFTS: tl.constexpr, SHIFTS: tl.constexpr, SPREADS: tl.constexpr, READS: tl.constexpr,
-    STICKS: tl.constexpr, KNOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def normals(
+    seed, n, k, plane, is_second, KIND: tl.constexpr, NUMBER: tl.constexpr, PAIR: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What device ``NUMBER`` of each cell conducts at a time when it should conduct ``g``."""
-    STREAM: tl.constexpr = DEVICE_STREAM + 8 * NUMBER
-    r = g / g_max
-    held = g + curve_at(curves_ptr, r, 0, KNOTS) * normal_tile(seed, n, k, 0, STREAM, ROWS, COLUMNS)
-    held = within(held, tl.minimum(lowest, 0.0), float("inf"))
-    now = held
+    """Of device ``NUMBER``; of a ``PAIR``, which begins with it, those of the device that is in use and of the other one."""
+    first = normal_tile(seed, n, k, plane, DEVICE_STREAM + 8 * NUMBER + KIND, ROWS, COLUMNS)
+    if PAIR:
+        second = normal_tile(seed, n, k, plane, DEVICE_STREAM + 8 * NUMBER + 8 + KIND, ROWS, COLUMNS)
+        return tl.where(is_second, second, first), tl.where(is_second, first, second)
+    else:
+        return first, first
+
+
+@triton.jit
+def programmed(g, deviation, z, lowest):
+    return within(g + deviation * z, tl.minimum(lowest, 0.0), float("inf"))
+
+
+@triton.jit
+def devices(
+    g, is_second, seed, read_seed, n, k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low,
+    stuck_high, moment,
+    NUMBER: tl.constexpr, PAIR: tl.constexpr, DRIFTS: tl.constexpr, SHIFTS: tl.constexpr, SPREADS: tl.constexpr,
+    READS: tl.constexpr, STICKS: tl.constexpr, KNOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What device ``NUMBER`` of each cell conducts at a time when it should conduct ``g``. Of a ``PAIR``: what that one of the
+    two conducts which should, and the other one, which should conduct ``g_min``."""
+    i, fraction = place_on_curves(g / g_max, KNOTS)
+    rest, rest_fraction = place_on_curves(g_min / g_max, KNOTS)
+    z, other_z = normals(seed, n, k, 0, is_second, 0, NUMBER, PAIR, ROWS, COLUMNS)
+    held = programmed(g, curve_at(curve(curves_ptr, 0, KNOTS), i, fraction, ROWS, COLUMNS), z, lowest)
+    other_held = programmed(g_min, curve_at_one(curves_ptr, rest, rest_fraction, 0), other_z, lowest)
+    now, other = held, other_held
     if DRIFTS:
-        z = normal_tile(seed, n, k, 0, STREAM + 1, ROWS, COLUMNS)
-        exponent = tl.abs(curve_at(curves_ptr, r, 1, KNOTS) + curve_at(curves_ptr, r, 2, KNOTS) * z)
-        now *= tl.exp2(-log2_time * exponent)
+        z, other_z = normals(seed, n, k, 0, is_second, 1, NUMBER, PAIR, ROWS, COLUMNS)
+        mean = curve_at(curve(curves_ptr, 1, KNOTS), i, fraction, ROWS, COLUMNS)
+        deviation = curve_at(curve(curves_ptr, 2, KNOTS), i, fraction, ROWS, COLUMNS)
+        now *= tl.exp2(-log2_time * tl.abs(mean + deviation * z))
+        mean = curve_at_one(curves_ptr, rest, rest_fraction, 1)
+        deviation = curve_at_one(curves_ptr, rest, rest_fraction, 2)
+        other *= tl.exp2(-log2_time * tl.abs(mean + deviation * other_z))
     if SHIFTS:
         now += shift
+        other += shift
     if SPREADS:
-        now += spread * normal_tile(seed, n, k, 0, STREAM + 2, ROWS, COLUMNS)
+        z, other_z = normals(seed, n, k, 0, is_second, 2, NUMBER, PAIR, ROWS, COLUMNS)
+        now += spread * z
+        other += spread * other_z
     if READS:
-        z = normal_tile(read_seed, n, k, moment, STREAM + 3, ROWS, COLUMNS)
-        now += tl.abs(now) * curve_at(curves_ptr, held / g_max, 3, KNOTS) * read * z
-    now = within(now, lowest, highest)
+        z, other_z = normals(read_seed, n, k, moment, is_second, 3, NUMBER, PAIR, ROWS, COLUMNS)
+        factors = curve(curves_ptr, 3, KNOTS)
+        i, fraction = place_on_curves(held / g_max, KNOTS)
+        now += tl.abs(now) * curve_at(factors, i, fraction, ROWS, COLUMNS) * read * z
+        if PAIR:
+            i, fraction = place_on_curves(other_held / g_max, KNOTS)
+            other += tl.abs(other) * curve_at(factors, i, fraction, ROWS, COLUMNS) * read * other_z
+    now, other = within(now, lowest, highest), within(other, lowest, highest)
     if STICKS:
-        z = normal_tile(seed, n, k, 0, STREAM + 4, ROWS, COLUMNS)
+        z, other_z = normals(seed, n, k, 0, is_second, 4, NUMBER, PAIR, ROWS, COLUMNS)
         now = tl.where(z < stuck_low, g_min, tl.where(z > stuck_high, g_max, now))
-    return now
+        other = tl.where(other_z < stuck_low, g_min, tl.where(other_z > stuck_high, g_max, other))
+    return now, other
 
 
 @triton.jit(do_not_specialize=["N", "moment"])
@@ -100,28 +155,26 @@ def program_kernel(
         full += SIGNIFICANCES[p] * span
     is_zero = scale < TINY
     v = clamp(tl.where(is_zero, 0.0, w / tl.where(is_zero, 1.0, scale)), 1.0) * full
+    is_second = v < 0
     if CELL == "pair":
         total = tl.zeros_like(v)
         below = 0.0
         for p in tl.static_range(PAIRS):
-            for side in tl.static_range(2):
-                wanted = v if side == 0 else -v
-                g = within((within(wanted, 0.0, full) - below) / SIGNIFICANCES[p], 0.0, span) + g_min
-                g = device(
-                    g, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest,
-                    highest, stuck_low, stuck_high, moment, 2 * p + side, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS,
-                    COLUMNS,
-                )  # fmt: skip
-                total += (SIGNIFICANCES[p] if side == 0 else -SIGNIFICANCES[p]) * g
+            g = within((tl.abs(v) - below) / SIGNIFICANCES[p], 0.0, span) + g_min
+            g, other = devices(
+                g, is_second, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest,
+                highest, stuck_low, stuck_high, moment, 2 * p, True, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS, COLUMNS,
+            )  # fmt: skip
+            total += SIGNIFICANCES[p] * tl.where(is_second, other - g, g - other)
             below += SIGNIFICANCES[p] * span
     else:
         SINGLE: tl.constexpr = CELL == "single"
         g = (v + full) / 2 + g_min if SINGLE else tl.abs(v)
-        g = device(
-            g, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest, highest,
-            stuck_low, stuck_high, moment, 0, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS, COLUMNS,
+        g, _ = devices(
+            g, is_second, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest,
+            highest, stuck_low, stuck_high, moment, 0, False, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS, COLUMNS,
         )  # fmt: skip
-        total = 2 * (g - g_min) - full if SINGLE else tl.where(v < 0, -g, g)
+        total = 2 * (g - g_min) - full if SINGLE else tl.where(is_second, -g, g)
     total *= scale / full
     if GAINS:
         total *= tl.load(gain_ptr + s * stride_gs + n * stride_gn, mask=inside, other=1.0).to(tl.float32)
@@ -159,7 +212,7 @@ def launch_program(
         *_strides(wmax, N), *_strides(gain, N), g_min, g_max, log2_time, read, shift, spread, lowest, highest, stuck_low,
         stuck_high, moment, CELL=cell, SIGNIFICANCES=tuple(significances), PAIRS=len(significances), DRIFTS=log2_time > 0,
         SHIFTS=shift != 0, SPREADS=spread > 0, READS=read > 0, STICKS=stuck_low > -inf or stuck_high < inf,
-        GAINS=gain is not None, KNOTS=len(curves), ROWS=rows, COLUMNS=columns, num_warps=8,
+        GAINS=gain is not None, KNOTS=len(curves), ROWS=rows, COLUMNS=columns, num_warps=WARPS,
     )  # fmt: skip
     return out
 

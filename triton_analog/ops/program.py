@@ -25,7 +25,7 @@ from triton_analog.reference.program import LARGEST as reference_largest
 
 DEVICE_STREAM = tl.constexpr(FIRST_STREAM)
 LARGEST = tl.constexpr(reference_largest)
-BLOCK_N, BLOCK_K, WARPS = 32, 64, 8
+BLOCK_N, BLOCK_K, WARPS = 16, 64, 4
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def curve(curves_ptr, COLUMN: tl.constexpr, KNOTS: tl.constexpr):
 def place_on_curves(r, KNOTS: tl.constexpr):
     """The knot below ``r``, and how far it is to the next; the knots are at ``LARGEST * (i / (KNOTS - 1))**2``."""
     inside = tl.minimum(tl.maximum(tl.where(r == r, r, 0.0), 0.0), LARGEST)
-    position = tl.sqrt(inside / LARGEST) * (KNOTS - 1)
+    position = tl.sqrt(inside * (1 / LARGEST)) * (KNOTS - 1)
     i = tl.minimum(position.to(tl.int32), KNOTS - 2)
     return i, position - i.to(tl.float32)
 
@@ -94,8 +94,9 @@ def devices(
 ):  # fmt: skip
     """What device ``NUMBER`` of each cell conducts at a time when it should conduct ``g``. Of a ``PAIR``: what that one of the
     two conducts which should, and the other one, which should conduct ``g_min``."""
-    i, fraction = place_on_curves(g / g_max, KNOTS)
-    rest, rest_fraction = place_on_curves(g_min / g_max, KNOTS)
+    relative = 1.0 / g_max
+    i, fraction = place_on_curves(g * relative, KNOTS)
+    rest, rest_fraction = place_on_curves(g_min * relative, KNOTS)
     z, other_z = normals(seed, n, k, 0, is_second, 0, NUMBER, PAIR, ROWS, COLUMNS)
     held = programmed(g, curve_at(curve(curves_ptr, 0, KNOTS), i, fraction, ROWS, COLUMNS), z, lowest)
     other_held = programmed(g_min, curve_at_one(curves_ptr, rest, rest_fraction, 0), other_z, lowest)
@@ -118,10 +119,10 @@ def devices(
     if READS:
         z, other_z = normals(read_seed, n, k, moment, is_second, 3, NUMBER, PAIR, ROWS, COLUMNS)
         factors = curve(curves_ptr, 3, KNOTS)
-        i, fraction = place_on_curves(held / g_max, KNOTS)
+        i, fraction = place_on_curves(held * relative, KNOTS)
         now += tl.abs(now) * curve_at(factors, i, fraction, ROWS, COLUMNS) * read * z
         if PAIR:
-            i, fraction = place_on_curves(other_held / g_max, KNOTS)
+            i, fraction = place_on_curves(other_held * relative, KNOTS)
             other += tl.abs(other) * curve_at(factors, i, fraction, ROWS, COLUMNS) * read * other_z
     now, other = within(now, lowest, highest), within(other, lowest, highest)
     if STICKS:
@@ -160,7 +161,7 @@ def program_kernel(
         total = tl.zeros_like(v)
         below = 0.0
         for p in tl.static_range(PAIRS):
-            g = within((tl.abs(v) - below) / SIGNIFICANCES[p], 0.0, span) + g_min
+            g = within((tl.abs(v) - below) * (1 / SIGNIFICANCES[p]), 0.0, span) + g_min
             g, other = devices(
                 g, is_second, seed, read_seed, first_n, first_k, curves_ptr, g_min, g_max, log2_time, read, shift, spread, lowest,
                 highest, stuck_low, stuck_high, moment, 2 * p, True, DRIFTS, SHIFTS, SPREADS, READS, STICKS, KNOTS, ROWS, COLUMNS,

@@ -60,10 +60,12 @@ PIPELINED = MatmulWgradConfig(64, 128, 256, GROUP_N=8, PIPELINED=True, num_warps
 
 
 def _should_be_pipelined(problem: Problem) -> bool:
-    """Where the tiles of one slice keep a multiprocessor busy for long enough. (Found on an H200.)"""
+    """Where there are rows enough, and not half of the last tile's columns lie beyond a slice. (Found on an H200.)"""
     rows, columns, width = problem.sizes
+    tiles = cdiv(width, PIPELINED.BLOCK_K) * PIPELINED.BLOCK_K
     # Between powers of two the answer is the same, as the configuration has to be.
-    return pipelines_gradients(problem) and triton.next_power_of_2(rows) >= 1024 and columns >= 256 and width >= 128
+    enough = triton.next_power_of_2(rows) >= 1024 and columns >= 256 and 2 * width > tiles
+    return pipelines_gradients(problem) and enough
 
 
 def default_config(problem: Problem) -> MatmulWgradConfig:

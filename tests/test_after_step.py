@@ -488,7 +488,8 @@ def test_masters_of_which_there_are_only_copies_are_read_and_written() -> None:
         lasting=False,
     )
     unclipped = net[2].weight.detach().clone()
-    after_step.AfterStep(KnownLayers(net), SGD(net.parameters()), copies)()
+    optimizer = SGD(net.parameters())
+    after_step.AfterStep(KnownLayers(net), optimizer, copies)(optimizer)
     for layer, truth in zip(net[:2], expected, strict=False):
         torch.testing.assert_close(masters[id(layer.weight)], truth)
         assert torch.equal(layer.weight, truth.bfloat16())

@@ -747,6 +747,11 @@ def test_set_input_range_ends_the_start_up_and_refuses_what_does_not_fit() -> No
     assert layer.input_range.tolist() == [1.0, 2.0, 3.0]
     with pytest.raises(ValueError, match=r"values: got shape \(2,\); \(3,\) is needed"):
         layer.set_input_range(torch.ones(2))
+    for bad in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match=r"values: .* finite numbers are needed"):
+            layer.set_input_range(torch.tensor([1.0, bad, 3.0]))
+    with pytest.raises(TypeError, match=r"values: got list; a torch.Tensor is needed"):
+        layer.set_input_range([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match=r"input_range: this layer stores none; .* layer\.reconfigure"):
         AnalogLinear(25, 4, rpu_config=tiles()).set_input_range(torch.ones(3))
 

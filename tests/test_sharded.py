@@ -34,13 +34,13 @@ from triton_analog import (
     restore_analog,
 )
 from triton_analog.aihwkit_bridge import export_to_aihwkit
-from triton_analog.config import WeightClipType, WeightQuantizationType
+from triton_analog.config import WeightClipType, WeightNoiseInjectionType, WeightNoiseRefresh, WeightQuantizationType
 from triton_analog.convert import CONVERSION_MAP
 from triton_analog.distributed import set_parallel
 from triton_analog.inference import PCMLikeNoiseModel, program
 from triton_analog.nn import AnalogExperts, AnalogHFConv1D, AnalogLinear
 from triton_analog.nn.base import named_analog_layers
-from triton_analog.optim import AnalogOptimizer
+from triton_analog.optim import AnalogOptimizer, attach
 
 RANKS = 2
 GAUSSIAN, PER_CHANNEL = WeightClipType.LAYER_GAUSSIAN, WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL
@@ -331,6 +331,41 @@ def flat_optimizer(model: Any) -> None:
     optimizer.step()
 
 
+def of_before(model: Any) -> None:
+    """An optimizer that was built before the model was sharded."""
+    optimizer = AnalogOptimizer(torch.optim.SGD, model.analog_layers, model.parameters(), lr=0.1)
+    shard(model)
+    model(batches(1, 0)[0]).sum().backward()
+    optimizer.step()
+
+
+def attached_before(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer)
+    shard(model)
+    model(batches(1, 0)[0]).sum().backward()
+    optimizer.step()
+
+
+BEFORE = {"AnalogOptimizer": of_before, "attach": attached_before}
+
+
+def noise_of_a_plain_optimizer() -> list[str]:
+    """What a sharded layer says whose noise is to last for a step, of steps after which nobody draws the next one."""
+    made = config(NONE)
+    made.modifier.noise_type, made.modifier.std_dev = WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL, 0.01
+    made.modifier.refresh = WeightNoiseRefresh.STEP
+    model = shard(analog(made))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(15):
+            model(batches(1, 0)[0]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(one.message) for one in said if "with one weight noise" in str(one.message)]
+
+
 FLAT = {"clip_weights": (flat, PER_CHANNEL), "a forward": (flat, NONE), "a step": (flat_optimizer, GAUSSIAN)}
 
 
@@ -381,6 +416,9 @@ def one_rank(rank: int, port: int, results: Any) -> None:
         results["unchanged", name, rank] = outcome(lambda: assert_equal(whole(sharded), one.state_dict()))
     for name, (run, kind) in FLAT.items():
         results["flat", name, rank] = outcome(lambda run=run, kind=kind: run(analog(config(kind))))
+    for name, run in BEFORE.items():
+        results["before", name, rank] = outcome(lambda run=run: run(analog(config(GAUSSIAN))))
+    results["noise", rank] = noise_of_a_plain_optimizer()
     dist.destroy_process_group()
 
 
@@ -413,3 +451,13 @@ def test_a_saved_model_is_restored_in_one_process(results: dict[Any, Any]) -> No
 def test_flat_parameters_are_refused(results: dict[Any, Any], name: str) -> None:
     for rank in range(RANKS):
         assert re.search("flat parameter of FullyShardedDataParallel.*fully_shard", results["flat", name, rank])
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_an_optimizer_of_before_the_model_was_sharded_is_refused(results: dict[Any, Any], name: str) -> None:
+    for rank in range(RANKS):
+        assert re.search("optimizer: .* none of its .* after fully_shard", results["before", name, rank])
+
+
+def test_noise_that_nobody_draws_anew_is_warned_of_once(results: dict[Any, Any]) -> None:
+    assert [len(results["noise", rank]) for rank in range(RANKS)] == [1, 1]

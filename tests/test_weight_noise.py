@@ -172,6 +172,18 @@ def test_a_weight_changed_by_hand_gets_new_noise() -> None:
     assert torch.allclose(noise_of(own), noise_of(own))
 
 
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_a_fused_step_is_a_change_too(kind: type[Optimizer]) -> None:
+    """Though torch does not raise the versions of what it changes."""
+    analog, x = layer(), torch.randn(16, 40)
+    optimizer = kind(analog.parameters(), lr=0.1, fused=True)  # type: ignore[call-arg]
+    analog(x).sum().backward()
+    before, version = noise_of(analog), analog.weight._version
+    optimizer.step()
+    assert analog.weight._version > version
+    assert not torch.equal(noise_of(analog), before)
+
+
 def test_manual_seed_governs_the_noise_that_a_step_draws() -> None:
     noises = []
     for _ in range(2):

@@ -1,4 +1,5 @@
 """What comes before each step of an optimizer that steps input ranges: their shift goes into what is stepped, and they decay.
+And after one that is fused: its changes are made known.
 
 Every optimizer of torch is watched, as layers cannot know theirs; whoever steps in another way calls
 :func:`triton_analog.optim.before_step`.
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from triton_analog.hints import warn_user
 from triton_analog.nn.compilers import outside_of_graphs, run_while_tracing
@@ -43,6 +45,17 @@ def watch(layer: Any) -> None:
 @cache
 def _start() -> None:
     register_optimizer_step_pre_hook(_before_a_step)
+    register_optimizer_step_post_hook(_after_a_step)
+
+
+def _after_a_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """A fused step changes parameters without raising their versions, by which layers and chips see that they were changed."""
+    if torch.compiler.is_compiling():
+        return
+    fused = [group["params"] for group in optimizer.param_groups if group.get("fused")]
+    changed = [parameter for parameters in fused for parameter in parameters if not is_dtensor(parameter)]
+    if changed:
+        increment_version(changed)
 
 
 def _before_a_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

@@ -229,15 +229,22 @@ class RangeStartup(RangeShift):
         """Copy ``values [S]`` into the stored ranges, in place, and end their start-up.
 
         Raises:
-            ValueError: the layer stores no ranges, or another number of them.
+            TypeError: ``values`` is no tensor.
+            ValueError: the layer stores no ranges, or another number of them; or one is infinite or no number.
         """
         if self.input_range is None or self.input_range_update_idx is None:
             raise ValueError(
                 "input_range: this layer stores none; hand a config with pre_post.input_range.enable = True and dynamic = False "
                 "to layer.reconfigure first"
             )
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values: got {type(values).__name__}; a torch.Tensor is needed, one number for each slice")
         if values.shape != self.input_range.shape:
             raise ValueError(f"values: got shape {tuple(values.shape)}; {tuple(self.input_range.shape)} is needed")
+        if not values.is_meta and not bool(values.isfinite().all()):
+            raise ValueError(
+                f"values: got {values.tolist()}; finite numbers are needed (forwards use their magnitudes)"
+            )
         self.input_range.copy_(values)
         self._forwards_seen = max(self.rpu_config.pre_post.input_range.init_from_data, 0)
         self.input_range_update_idx.fill_(self._forwards_seen)

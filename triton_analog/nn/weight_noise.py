@@ -13,7 +13,9 @@ from typing_extensions import Self
 from triton_analog.calls import Numbers, draw_seed, input_dtype
 from triton_analog.config import TorchInferenceRPUConfig
 from triton_analog.functional import modified_weight
+from triton_analog.hints import warn_user
 from triton_analog.nn.base import AnalogLayerBase
+from triton_analog.nn.before_step import STEPS
 from triton_analog.nn.frozen_noise import redraw_seeds, watch
 from triton_analog.nn.settings import keeps_noise
 from triton_analog.nn.sharding import is_gathered
@@ -22,6 +24,7 @@ from triton_analog.seeds import mix_rank_again, noise_rank
 
 TILE_SETTINGS = ("max_input_size", "weight_quantization", "weight_res", "weight_noise", "weight_noise_std", "groups")
 """The numbers that make the tiles' weight."""
+STEPS_WITH_ONE_NOISE = 10
 
 
 class _Snapshot:
@@ -46,6 +49,7 @@ class _Kept:
     def __init__(self) -> None:
         self.drawn_for: _Snapshot | None = None  # the weight that has the noise; None: whatever the next forward finds
         self.redrawn = False
+        self.drawn_at = STEPS.taken
         self._tile: tuple[Tensor, Tensor] | None = None
         self._made_of: _Snapshot | None = None
         self._made_with: Any = None
@@ -102,6 +106,7 @@ class WeightNoise(AnalogLayerBase):
     weight_noise_seed: Tensor | None = None
     _kept_noise: _Kept
     _was_gathered = False
+    _warned_of_old_noise = False
     _seed_rank = 0
     """The rank whose noise the seed stands for."""
 
@@ -120,6 +125,7 @@ class WeightNoise(AnalogLayerBase):
         self._kept_noise.drop_tile()
         self._kept_noise.drawn_for = None
         self._kept_noise.redrawn = True
+        self._kept_noise.drawn_at = STEPS.taken
         self._seed_rank = noise_rank()
 
     @torch.no_grad()
@@ -185,6 +191,16 @@ class WeightNoise(AnalogLayerBase):
             self._was_gathered = is_gathered(self, "weight")
         return self._was_gathered
 
+    def _warn_of_old_noise(self) -> None:
+        """Once in a process, where steps are taken but nobody draws the next noise."""
+        if STEPS.taken - self._kept_noise.drawn_at >= STEPS_WITH_ONE_NOISE and not WeightNoise._warned_of_old_noise:
+            WeightNoise._warned_of_old_noise = True
+            warn_user(
+                f"modifier.refresh is STEP, but optimizers have taken {STEPS_WITH_ONE_NOISE} steps with one weight noise: that "
+                "of a weight that is gathered for each forward takes triton_analog.optim.attach(model, optimizer), an "
+                "AnalogOptimizer, or layer.redraw_weight_noise() after each step"
+            )
+
     def _noise_lasts(self, numbers: Numbers) -> bool:
         """Whether this forward uses noise that other forwards share."""
         return numbers.disturbs_weight and self.weight_noise_seed is not None
@@ -201,6 +217,7 @@ class WeightNoise(AnalogLayerBase):
         seed = draw_seed(x.device)
         kept, sources = self._kept_noise, self._weight_sources()
         if self._weight_is_gathered():
+            self._warn_of_old_noise()
             kept.drop_tile()
             return seed, self.weight_noise_seed, None, None
         kept.drawn_for = kept.drawn_for or _Snapshot(sources)

@@ -44,19 +44,22 @@ class AfterStep:
         self._plan: _Plan | None = None
         self._captured: list[_Plan] = []  # graphs read their tables
         # Dynamo would make a graph of the plan instead of the work. (Any optimizer has imported it by now.)
-        self._run: Callable[[], None] = torch.compiler.disable(self._run_planned)
+        self._run: Callable[[Optimizer], None] = torch.compiler.disable(self._run_planned)
 
-    def __call__(self) -> None:
-        self._run()
+    def __call__(self, optimizer: Optimizer) -> None:
+        """After a step of ``optimizer``."""
+        self._run(optimizer)
 
     @torch.no_grad()
-    def _run_planned(self) -> None:
+    def _run_planned(self, optimizer: Optimizer) -> None:
         layers = self._layers()
         state = self._state(layers)
         plan = self._plan
         if plan is None or plan.state != state:
             if self._layers.root is not None:
                 warn_of_gradients(self._layers.root)
+            if self._masters is None:
+                _refuse_of_before(optimizer, layers)
             plan = _Plan(state, layers, self._stepped_layers(layers), self._masters)
             self._plan = None if plan.is_captured() else plan  # what is made in a capture has no tables
         elif plan.is_captured() and plan not in self._captured:
@@ -76,6 +79,17 @@ class AfterStep:
             return [layer for layer in layers if not _is_frozen(layer)]
         is_stepped = stepped_by(self._optimizer, self._masters)
         return [layer for layer in layers if any(map(is_stepped, clipped_with(layer)))]
+
+
+def _refuse_of_before(optimizer: Optimizer, layers: list[AnalogLayerBase]) -> None:
+    """An optimizer of before the model was sharded would go on stepping what no model has any more."""
+    own = held(optimizer)
+    is_sharded = any(map(is_dtensor, (weight for layer in layers for weight in clipped_with(layer))))
+    if own and is_sharded and not any(is_dtensor(parameter) or parameter.grad is not None for parameter in own):
+        raise ValueError(
+            f"optimizer: the model was sharded after this {type(optimizer).__name__} was built, so that none of its {len(own)} "
+            "parameters is the model's any more; build it, and attach, after fully_shard"
+        )
 
 
 def _is_frozen(layer: AnalogLayerBase) -> bool:

@@ -143,7 +143,7 @@ class Attachment:
     def _work(self) -> None:
         if self._ranges is not None:
             self._ranges.end()
-        self._after_step()
+        self._after_step(self._optimizer)
         self.steps += 1
 
 

@@ -106,7 +106,7 @@ def before_compiled(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    optimizer._after_step()  # type: ignore[attr-defined]
+    optimizer._after_step(optimizer)  # type: ignore[attr-defined]
 
 
 def _check_class(optimizer_class: Any) -> type[Optimizer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from enum import Enum
+from functools import cache
 from math import isfinite
 from typing import Any, get_type_hints
 
@@ -23,9 +24,15 @@ def require(condition: bool, path: str, value: Any, rule: str) -> None:
         raise ConfigError(f"{path}: got {value.name if isinstance(value, Enum) else repr(value)}; {rule}")
 
 
+@cache
+def _kinds(section: type) -> dict[str, Any]:
+    """The types of its fields, from their strings."""
+    return get_type_hints(section)
+
+
 def check_types(section: Any, path: str) -> None:
     """Every field holds what it declares; whole numbers also serve as numbers, but booleans never do."""
-    kinds: dict[str, Any] = get_type_hints(type(section))
+    kinds = _kinds(type(section))
     for f in fields(section):
         here, value, kind = path + f.name, getattr(section, f.name), kinds[f.name]
         if hasattr(kind, "__dataclass_fields__"):

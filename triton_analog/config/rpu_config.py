@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, TypeVar
 
 from triton_analog.config import checks, dictionaries, effects
@@ -66,7 +67,7 @@ class TorchInferenceRPUConfig(_Holder):
 
     def changes(self) -> dict[str, Any]:
         """Every field that differs from its default, by path, with enums by name."""
-        default = dictionaries.flat(TorchInferenceRPUConfig().to_dict())
+        default = _defaults()
         return {path: value for path, value in dictionaries.flat(self.to_dict()).items() if value != default.get(path)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,3 +84,9 @@ class TorchInferenceRPUConfig(_Holder):
         config = cls()
         dictionaries.fill(config, values, "")
         return config
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Every field of a default config by path."""
+    return dictionaries.flat(TorchInferenceRPUConfig().to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,16 @@ class Section:
             if unknown is not None and not any(one.kind is one.VAR_KEYWORD for one in known.values()):
                 raise TypeError(_unknown(cls, unknown))
         return super().__new__(cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Without a call of ``__setattr__``: a copy changes no config, and models have hundreds of them."""
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        state = self.__reduce_ex__(4)[2]  # type: ignore[index]
+        for values in state if isinstance(state, tuple) else (state,):
+            for name, value in (values or {}).items():
+                object.__setattr__(new, name, copy.deepcopy(value, memo))
+        return new
 
     if not TYPE_CHECKING:  # a checker would then allow every name
 

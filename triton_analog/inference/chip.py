@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from hashlib import blake2b
@@ -100,6 +101,7 @@ def check_programmable(
     for layer in layers.values():
         if layer.programmed is not None:
             raise ValueError("model: it is on a chip already; program the model that the chip was made of")
+        layer._numbers()  # checks the config, before it is copied for each chip
     refuse_parts(model, "program")
 
 
@@ -124,7 +126,7 @@ class Chip(nn.Module):
     ) -> None:
         super().__init__()
         self.noise_model, self.seed, self.time = noise_model, seed, None
-        self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
+        self.model = _copy(model).eval()
         self.training = False
         self._cells: list[_Cells] = []
         known: dict[Any, _Cells] = {}
@@ -289,6 +291,17 @@ class _Cells:
                 )  # also the bound of the ADC, so that its integers stay what they are
         reads_again = self.read_noise == "forward" and arguments.get("read", 0.0) > 0
         self.tile.fill(tile, wmax, scale, partial(make, gain=gain) if reads_again else None)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` that shares what evaluation does not change: parameters, and what analog layers have beside them."""
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for _, layer in _layers(model):
+        kept = (*layer._buffers.values(), layer._checked, layer._of_modes)
+        memo.update((id(one), one) for one in kept if one is not None)
+    for module in model.modules():  # a dozen in each, which are copied far more slowly than made
+        memo.update((id(hooks), OrderedDict()) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks)
+    return copy.deepcopy(model, memo)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, AnalogMatrixLayer]]:

@@ -187,7 +187,7 @@ def compare(epochs: int, seeds: int, seed: int, out: Path, quiet: bool) -> None:
             for name, model in models.items()
         }
     print_table(results, seeds)
-    plot(results, out)
+    plot(results, seeds, out)
     print(f"plot: {out}")
 
 
@@ -198,13 +198,14 @@ def print_table(results: dict[str, list[Tensor]], seeds: int) -> None:
         print(f"{noise:12.0%}" + "".join(f"{percent.mean():11.1f} +- {percent.std():3.1f}" for percent in row))
 
 
-def plot(results: dict[str, list[Tensor]], out: Path) -> None:
+def plot(results: dict[str, list[Tensor]], seeds: int, out: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     levels = [100 * noise for noise in NOISE_LEVELS]
     for name, rows in results.items():
         axes.errorbar(
             levels, [row.mean() for row in rows], [row.std() for row in rows], marker="o", capsize=3, label=name
         )
+    axes.set_title(f"Digits recognised on {seeds} noisy analog chips,\nmean and standard deviation")
     axes.set_xlabel("weight noise (% of a tile's largest weight)")
     axes.set_ylabel("test accuracy (%)")
     axes.legend()

@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from triton_analog import reference
+from triton_analog.testing.accuracy import TIE, allowed_error, may_flip, near_tie
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -100,12 +101,6 @@ def packed(flags: Tensor) -> Tensor:
 
 # ---- Tolerance ------------------------------------------------------------------------------------------------------
 
-FLOOR = 2.0**-22
-"""Error granted beyond plain torch's, as a share of the largest magnitude: two units in the last place of fp32, or four
-roundings. It also holds for a sum of up to 16 terms, one after the other; errors of longer ones grow with the root."""
-TIE = 1e-4
-"""A value this close to half a step may be rounded either way."""
-
 
 def assert_accurate(
     actual: Tensor,
@@ -115,7 +110,8 @@ def assert_accurate(
     size: Tensor | float | None = None,
     terms: int = 16,
 ) -> None:
-    """``actual`` is at most twice as far from the fp64 ``truth`` as plain torch in the same dtype, plus :data:`FLOOR`.
+    """``actual`` is at most twice as far from the fp64 ``truth`` as plain torch in the same dtype, plus a floor
+    (:func:`triton_analog.testing.accuracy.allowed_error`).
 
     The floor is relative to the largest of ``truth``, or to ``size``: the magnitudes behind a sum whose terms cancel.
     ``terms``: how many of them the sum has where plain torch's is blocked, and the kernel's on a GPU in fp32 is not.
@@ -130,11 +126,11 @@ def assert_accurate(
     slack = torch.as_tensor(slack, device=truth.device).expand_as(truth)
     truth, actual, plain = (t.double().nan_to_num(nan=0.0) for t in (truth, actual, plain))
     plain_error = (plain - truth).abs().where(slack == 0, 0.0).max()
-    limit = 2 * plain_error + FLOOR * max(1, (terms / 16) ** 0.5) * (truth.abs().max() if size is None else size)
+    limit = allowed_error(plain_error, truth.abs().max() if size is None else size, terms)
     error = (actual - truth).abs()
     flipped = error > limit
     assert (error <= limit + slack * (1 + 2.0**-8)).all(), f"error {error.max():.3g}, allowed {limit:.3g}"
-    assert flipped.sum() <= max(1, truth.numel() // 1000), f"{flipped.sum()} roundings of {truth.numel()} differ"
+    assert flipped.sum() <= may_flip(truth.numel()), f"{flipped.sum()} roundings of {truth.numel()} differ"
 
 
 def assert_equal_sums(actual: Tensor, expected: Tensor, terms: int) -> None:
@@ -159,11 +155,6 @@ def assert_same_up_to_one_step(ours: Tensor, theirs: Tensor, step: float | Tenso
     off = difference > 1e-4 * theirs.abs().max()
     assert off.float().mean() <= 0.01
     assert (difference[off] <= 1.01 * step).all()
-
-
-def near_tie(steps: Tensor) -> Tensor:
-    """Whether a number of steps lies half-way between two integers, to :data:`TIE`."""
-    return ((steps.abs() % 1) - 0.5).abs() < TIE
 
 
 # ---- Formulas: SEMANTICS in plain torch, any dtype, differentiable straight through every rounding ------------------------

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     "hints", "tables", "reference", "launch", "lang", "ops", "seeds", "calls", "idle_arguments", "functional", "config", "nn",
     "distributed", "range_statistics", "samples", "analysis", "calibrate", "surroundings", "coverage", "convert", "summary",
-    "restore", "optim", "inference", "aihwkit_bridge", "integrations", "lightning", "tuning", "version", "",
+    "restore", "optim", "inference", "aihwkit_bridge", "integrations", "lightning", "tuning", "testing", "verify", "version", "",
 )  # fmt: skip
 """From the ground up; each imports only what stands before it. The last one is the package's own face."""
 

@@ -127,14 +127,16 @@ def evaluate(
     values: list[tuple[float, ...]] = []
     with _progress(len(chosen) * len(times), verbose) as bar:
         for seed in chosen:
-            chip = None  # before the next one is made: only one at a time
             chip = program(
                 model, noise_model, seed, compensation=compensation, per_channel=per_channel, read_noise=read_noise
             )
             found = []
-            for time in times:
-                found.append(_number(metric, chip.drift_to(time)))
-                bar.update()
+            try:
+                for time in times:
+                    found.append(_number(metric, chip.drift_to(time)))
+                    bar.update()
+            finally:
+                chip.release()  # before the next one is made: only one at a time
             values.append(tuple(found))
     name = getattr(metric, "__name__", type(metric).__name__)
     return Evaluation(name, repr(noise_model), ideal, tuple(map(float, times)), chosen, tuple(values))

@@ -336,6 +336,12 @@ def test_what_would_change_the_model_instead_of_the_chip_is_refused(act, message
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def released():
+    chip = program(network(), PCM)
+    chip.release()
+    return chip
+
+
 BAD = [
     (lambda: program(nn.Linear(2, 2), PCM), ValueError, "has no analog layers"),
     (lambda: program("model", PCM), TypeError, "model: got str"),
@@ -343,6 +349,8 @@ BAD = [
     (lambda: program(network(), PCM, seed=0.5), TypeError, r"seed: got 0\.5"),
     (lambda: program(network(), PCM, compensation="column"), ValueError, "compensation: got 'column'"),
     (lambda: program(program(network(), PCM), PCM), ValueError, "on a chip already"),
+    (lambda: released()(inputs()), ValueError, "it was released"),
+    (lambda: released().drift_to(1.0), ValueError, "it was released"),
     (lambda: program(network(), PCM).drift_to(-1.0), ValueError, r"time: got -1\.0"),
     (lambda: program(network(), PCM).drift_to(math.inf), ValueError, "time: got inf"),
     (
@@ -396,6 +404,7 @@ REFUSED = [
     ({"times": (1.0, -2.0)}, ValueError, r"time: got -2\.0"),
     ({"seeds": 0}, ValueError, "seeds: got 0"),
     ({"seeds": 1.5}, ValueError, r"seeds: got 1\.5"),
+    ({"seeds": (1, 2, 1)}, ValueError, r"seeds: got \(1, 2, 1\); each must be another"),
     ({"seeds": None}, ValueError, "seeds: got None"),
     ({"times": 3600.0}, TypeError, r"times: got 3600\.0"),
     ({"per_channel": "no"}, TypeError, "per_channel: got 'no'"),

@@ -141,6 +141,13 @@ NEGATIVE = [
     (inference.CustomDriftPCMLikeNoiseModel, DRIFT | {"g_lst": (10.0, 0.0, 25.0)}, "g_lst: .* ascending"),
     (inference.CustomDriftPCMLikeNoiseModel, DRIFT | {"nu_mean_lst": (0.1,)}, "nu_mean_lst: .* as many numbers"),
     (inference.CustomDriftPCMLikeNoiseModel, DRIFT | {"nu_std_lst": (0.1, -0.1, 0.1)}, "drift_std: is -0"),
+    (inference.PolynomialNoiseModel, {"prog_coeff": (math.inf,)}, "programming_std: is (inf|nan) at"),
+    (
+        inference.PolynomialNoiseModel,
+        {"prog_coeff": (0.1,), "drift_mean_coeff": (math.nan,)},
+        "drift_mean: is not finite",
+    ),
+    (inference.CustomDriftPCMLikeNoiseModel, DRIFT | {"nu_mean_lst": (0.1, math.nan, 0.1)}, "drift_mean: is not"),
 ]
 
 
@@ -148,3 +155,15 @@ NEGATIVE = [
 def test_a_device_that_cannot_be_is_refused_by_name(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+@pytest.mark.parametrize("given", [1.0, torch.ones(3)], ids=["number", "shape"])
+def test_a_law_that_gives_no_curve_is_refused_by_name(given):
+    class Own(inference.PCMLikeNoiseModel):
+        def drift_mean(self, r):
+            return given
+
+    with pytest.raises(
+        TypeError, match=r"Own.drift_mean: gave (float|shape \(3,\)); a tensor of the shape of r is needed"
+    ):
+        Own()

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from triton_analog import (
     InputRangeCalibrationType,
@@ -37,7 +38,7 @@ from triton_analog.aihwkit_bridge import export_to_aihwkit
 from triton_analog.config import WeightClipType, WeightNoiseInjectionType, WeightNoiseRefresh, WeightQuantizationType
 from triton_analog.convert import CONVERSION_MAP
 from triton_analog.distributed import set_parallel
-from triton_analog.inference import PCMLikeNoiseModel, program
+from triton_analog.inference import PCMLikeNoiseModel, evaluate, program
 from triton_analog.nn import AnalogExperts, AnalogHFConv1D, AnalogLinear
 from triton_analog.nn.base import named_analog_layers
 from triton_analog.optim import AnalogOptimizer, attach
@@ -251,6 +252,46 @@ def summarise(model: Any) -> None:
     assert found.on_tiles == 20 * 7 + 6 * 2 * 9 + 20 * 7 + 3 * (8 * 5 + 5 * 4) + 4 * 3 * (4 + 3)
 
 
+def chips(model: Any) -> None:
+    """Bit for bit those of one process, of which each rank has its rows."""
+    if not isinstance(model, FSDPModule):
+        return
+    one, x, pcm = analog(layers_of(model)[0].rpu_config), batches(1, 0)[0], PCMLikeNoiseModel()
+    for options in ({}, {"compensation": "per_column", "per_channel": False}):
+        mine, its = (program(which, pcm, seed=3, **options) for which in (model, one))
+        for time in (None, 1.0, 86400.0, 1.0):
+            for chip in (mine, its) if time is not None else ():
+                chip.drift_to(time)
+            for own, other in zip(layers_of(model), layers_of(its.model), strict=True):
+                assert len(own.programmed._tile.to_local()) <= -(-own.tile_shape[0] // RANKS)
+                assert torch.equal(own.programmed.held(), other.programmed.held())
+            with torch.no_grad():
+                assert torch.equal(mine(x), its(x))
+        with torch.no_grad():
+            assert torch.equal(mine(x.float().double()), its(x.float().double()))
+        assert "on a chip already" in outcome(lambda: program(model, pcm))
+        mine.release()
+        assert "it was released" in outcome(lambda chip=mine: chip(x))
+    assert model.training
+    found = [
+        evaluate(which, lambda net: net(x).square().mean(), noise_model=pcm, times=(1.0, 60.0), seeds=2, verbose=False)
+        for which in (model, one)
+    ]
+    assert found[0].values == found[1].values
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), one.eval()(x))  # no longer on a chip
+    chip = program(model, pcm)
+    with torch.no_grad():
+        for parameter in model.linear.parameters():
+            parameter.mul_(1.5)
+    assert "the weight of 'linear' was changed" in outcome(lambda: chip.drift_to(1.0))
+    with torch.no_grad():
+        for parameter in model.linear.parameters():
+            parameter.div_(1.5)
+    chip.release()
+    model.reshard()
+
+
 EQUAL: dict[str, tuple[Callable[[Any], None], TorchInferenceRPUConfig]] = {
     "clip per channel": (clip, config(PER_CHANNEL)),
     "clip": (clip, config(GAUSSIAN)),
@@ -266,6 +307,8 @@ EQUAL: dict[str, tuple[Callable[[Any], None], TorchInferenceRPUConfig]] = {
     "save and load": (restart, config(LEARNED)),
     "start without memory": (start_without_memory, config(LEARNED)),
     "summary": (summarise, config(LEARNED)),
+    "chips": (chips, config(NONE)),
+    "chips with learned clips": (chips, config(LEARNED)),
     "calibrate MAX": (calibrate("MAX"), config(LEARNED)),
     "calibrate MOVING_STD": (calibrate("MOVING_STD"), config(NONE)),
     "calibrate MOVING_QUANTILE": (calibrate("MOVING_QUANTILE"), config(NONE)),
@@ -297,6 +340,17 @@ def restore(model: Any) -> None:
     restore_analog(Model(), model.state_dict())
 
 
+def program_tensor_parallel(model: Any) -> None:
+    parallel, mesh = analog(config(NONE)), init_device_mesh("cpu", (RANKS,))
+    parallel.linear.weight = nn.Parameter(distribute_tensor(parallel.linear.weight.detach(), mesh, [Shard(0)]))
+    program(parallel, PCMLikeNoiseModel())
+
+
+def program_flat(model: Any) -> None:
+    wrapped = FullyShardedDataParallel(analog(config(NONE)), use_orig_params=True, device_id=torch.device("cpu"))
+    program(wrapped, PCMLikeNoiseModel())
+
+
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a learned clip is to be dropped": (quantize, "learnable_weight_clip: .* before it is sharded"),
     "ranges are to be dropped": (drop_ranges, "pre_post.input_range: .* convert or reconfigure it first"),
@@ -309,9 +363,14 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda model: convert_to_digital(model, inplace=True),
         "is sharded, and convert_to_digital .*",
     ),
-    "program": (
-        lambda model: program(model, PCMLikeNoiseModel()),
-        "is sharded, and program needs .*full_state_dict=True",
+    "program, tensor-parallel": (
+        program_tensor_parallel,
+        "linear.weight is sharded, and program needs .*full_state_dict=True",
+    ),
+    "program, flat": (program_flat, "is sharded, and program needs .*full_state_dict=True"),
+    "program, read anew": (
+        lambda model: program(model, PCMLikeNoiseModel(), read_noise="forward"),
+        "read_noise: got 'forward'.* is sharded; take 'time'",
     ),
     "export": (export_to_aihwkit, "is sharded, and export_to_aihwkit needs .* restore_analog"),
     "restore": (restore, "state_dict: .* parts on several ranks .*full_state_dict=True"),

@@ -32,7 +32,7 @@ def _kinds(section: type) -> dict[str, Any]:
 
 def check_types(section: Any, path: str) -> None:
     """Every field holds what it declares; whole numbers also serve as numbers, but booleans never do."""
-    kinds = _kinds(type(section))
+    kinds = _kinds(section.__class__)
     for f in fields(section):
         here, value, kind = path + f.name, getattr(section, f.name), kinds[f.name]
         if hasattr(kind, "__dataclass_fields__"):

@@ -51,7 +51,7 @@ class Section:
         """Without a call of ``__setattr__``: a copy changes no config, and models have hundreds of them."""
         new = object.__new__(type(self))
         memo[id(self)] = new
-        state = self.__reduce_ex__(4)[2]  # type: ignore[index]
+        state = self.__reduce_ex__(4)[2]
         for values in state if isinstance(state, tuple) else (state,):
             for name, value in (values or {}).items():
                 object.__setattr__(new, name, copy.deepcopy(value, memo))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
@@ -16,11 +16,11 @@ from typing_extensions import Self
 import triton_analog.ops as ops
 from triton_analog.functional import modified_weight
 from triton_analog.hints import did_you_mean
-from triton_analog.inference.compensation import COMPENSATIONS, Compensation, readout, scale_slices
+from triton_analog.inference.compensation import COMPENSATIONS, Compensation, readout, scale_slices, unit_of
 from triton_analog.inference.noise_model import NoiseModel
 from triton_analog.nn.base import named_analog_layers
 from triton_analog.nn.matrix import AnalogMatrixLayer
-from triton_analog.nn.parts import refuse_parts
+from triton_analog.nn.parts import is_dtensor, is_sharded, refuse_parts_but_rows, rows_here, whole
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.read_noise import largest_of_slices
 from triton_analog.nn.weight_noise import TILE_SETTINGS
@@ -44,6 +44,10 @@ def program(
     ``model`` itself, not copies, and must not change while the chip is in use. Digital layers stay what they are, and layers
     that share a weight share its tile. The same seed is the same chip, on every backend.
 
+    A model that ``fully_shard`` (FSDP2) has sharded cannot be copied: it is on the chip itself, until :meth:`Chip.release`. All
+    ranks program the same chip together, weight after weight, each keeps its rows of every tile, and each forward
+    of a layer gathers its tile, beside what ``fully_shard`` gathers.
+
     Args:
         model: Converted, calibrated or trained here.
         noise_model: Of its devices.
@@ -58,8 +62,8 @@ def program(
 
     Raises:
         TypeError: an argument is something else.
-        ValueError: ``read_noise`` is ``"forward"`` and the noise model has none; or ``model`` has no analog layers, is a chip
-            already, or holds weights that a process has a part of only.
+        ValueError: ``read_noise`` is ``"forward"`` and the noise model has none, or ``model`` is sharded; or ``model`` has no
+            analog layers, is on a chip already, or is sharded by anything but ``fully_shard`` alone.
     """
     check_programmable(model, noise_model, seed, compensation, per_channel, read_noise)
     return Chip(model, noise_model, seed, compensation, per_channel, read_noise)
@@ -98,11 +102,26 @@ def check_programmable(
         raise ValueError(
             f"model: this {type(model).__name__} has no analog layers; convert it first, model = convert_to_analog(model, config)"
         )
+    refuse_parts_but_rows(model, "program")
     for layer in layers.values():
         if layer.programmed is not None:
-            raise ValueError("model: it is on a chip already; program the model that the chip was made of")
+            raise ValueError(
+                "model: it is on a chip already; program the model that the chip was made of, or, if that was sharded, call "
+                "release() of the chip first"
+            )
         layer._numbers()  # checks the config, before it is copied for each chip
-    refuse_parts(model, "program")
+    if not is_sharded(model):
+        return
+    for name, layer in layers.items():
+        if layer.weight_source is None:
+            raise ValueError(
+                f"model: the weight of {name!r} is computed from others, which are sharded; remove weight_norm, pruning or "
+                "parametrizations first"
+            )
+    if read_noise == "forward":
+        raise ValueError(
+            "read_noise: got 'forward', which makes the weight anew in each forward, but this model is sharded; take 'time'"
+        )
 
 
 class Chip(nn.Module):
@@ -126,19 +145,28 @@ class Chip(nn.Module):
     ) -> None:
         super().__init__()
         self.noise_model, self.seed, self.time = noise_model, seed, None
-        self.model = _copy(model).eval()
+        self.model = model if is_sharded(model) else _copy(model).eval()
         self.training = False
         self._cells: list[_Cells] = []
-        known: dict[Any, _Cells] = {}
-        for number, (name, layer) in enumerate(_layers(self.model)):
+        self._modes = [(module, module.training) for module in model.modules()] if self.model is model else []
+        known: dict[Any, list[_Cells]] = {}
+        layers = dict(_layers(self.model))
+        seeds = _seeds_of(seed, [layer.weight.device for layer in layers.values()])
+        tiles: list[tuple[AnalogMatrixLayer, ProgrammedTile]] = []
+        for (name, layer), own in zip(layers.items(), seeds, strict=True):
             source = layer.weight_source
-            shared = id(layer) if source is None else (id(source), layer.weight_index)
-            key = shared, str(layer.rpu_config.to_dict())
-            if key not in known:
-                known[key] = _Cells(name, number, layer, seed, compensation, per_channel, read_noise)
-                self._cells.append(known[key])
-            layer.programmed = known[key].tile
+            alike = known.setdefault(id(layer) if source is None else (id(source), layer.weight_index), [])
+            config = layer.rpu_config.to_dict() if alike else None
+            cells = next((one for one in alike if one.layer.rpu_config.to_dict() == config), None)
+            if cells is None:
+                cells = _Cells(name, layer, own, compensation, per_channel, read_noise)
+                alike.append(cells)
+                self._cells.append(cells)
+            tiles.append((layer, cells.tile))
         self._set(None)
+        self.model.eval()
+        for layer, tile in tiles:
+            layer.programmed = tile
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives on the chip."""
@@ -148,7 +176,9 @@ class Chip(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not there yet
+            if name == "model":  # not there yet, or no longer
+                if vars(self).get("_cells") == []:
+                    raise ValueError("chip: it was released; program the model again") from None
                 raise
             return getattr(self.model, name)
 
@@ -197,8 +227,19 @@ class Chip(nn.Module):
                 changed since they were programmed.
         """
         self.noise_model.check_time(time)
+        _ = self.model  # there, unless it was released
         self._set(float(time))
         return self
+
+    def release(self) -> None:
+        """Give back the memory of the tiles; the chip is then no more. A sharded model, which was on the chip itself, is again
+        what it was."""
+        for _, layer in _layers(self.model):
+            layer.programmed = None
+        for module, mode in self._modes:
+            module.training = mode
+        self._cells, self._modes = [], []
+        del self.model
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -222,33 +263,22 @@ class _Cells:
     def __init__(
         self,
         name: str,
-        number: int,
         layer: AnalogMatrixLayer,
-        seed: int,
+        seed: Tensor,
         compensation: Compensation,
         per_channel: bool,
         read_noise: ReadNoise,
     ) -> None:
-        self.name, self.compensation, self.read_noise = name, compensation, read_noise
+        self.name, self.layer, self.compensation, self.read_noise = name, layer, compensation, read_noise
+        with whole(layer.parameter_slots(), write=False):
+            wanted, self.wmax, self.scale = _wanted(layer)
         self._source = layer.weight_source
         self._version = 0 if self._source is None else self._source._version
-        settings = {key: value for key, value in layer._numbers()._asdict().items() if key in TILE_SETTINGS}
-        clip = layer.learnable_weight_clip
-        if clip is None and settings["weight_quantization"] == "none":
-            self.wanted = layer.matrix.detach()  # the parameter itself, not a copy: nothing changes it
-            self.wmax = self.scale = ops.absmax(self.wanted, layer.slices)
-        else:
-            self.wanted, self.wmax = modified_weight(
-                layer.matrix.detach(),
-                weight_clip=None if clip is None else clip.detach(),
-                **(settings | {"weight_noise": "none"}),
-            )
-            self.scale = ops.absmax(self.wanted, layer.slices)  # rounding may have lifted a weight above wmax
+        self._wanted = None if is_dtensor(self._source) else wanted  # whole only while it is programmed
         if not per_channel:
             self.scale = largest_of_slices(self.scale, layer.groups)
-        # By its place among the layers: names change when a model is wrapped or compiled.
-        words = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-        self.seed = torch.tensor([int.from_bytes(words, "little") >> 1], dtype=torch.int64, device=self.wmax.device)
+        self.seed = seed.to(self.wmax.device)
+        self.unit = unit_of(self.wmax)
         self.tile = ProgrammedTile()
         self.baseline: Tensor | None = None
 
@@ -275,10 +305,17 @@ class _Cells:
     def set(self, curves: Tensor, arguments: dict[str, Any], first: bool) -> None:
         """Make the tile anew; ``first`` right after programming."""
         self.tile.drop()  # before the next one is made: only one at a time
-        make = partial(ops.program, self.wanted, self.scale, self.seed, curves, **arguments)
+        if self._wanted is not None:
+            self._program(self._wanted, curves, arguments, first)
+            return
+        with whole(self.layer.parameter_slots(), write=False):
+            self._program(_wanted(self.layer)[0], curves, arguments, first)
+
+    def _program(self, wanted: Tensor, curves: Tensor, arguments: dict[str, Any], first: bool) -> None:
+        make = partial(ops.program, wanted, self.scale, self.seed, curves, **arguments)
         tile, wmax, scale, gain = make(), self.wmax, self.scale, None
         if self.compensation != "none":
-            now = readout(tile, wmax, self.compensation)
+            now = readout(tile, self.unit, self.compensation)
             if first:
                 self.baseline = now
             else:
@@ -290,7 +327,29 @@ class _Cells:
                     scale * gain,
                 )  # also the bound of the ADC, so that its integers stay what they are
         reads_again = self.read_noise == "forward" and arguments.get("read", 0.0) > 0
-        self.tile.fill(tile, wmax, scale, partial(make, gain=gain) if reads_again else None)
+        held = tile if self._wanted is not None else rows_here(tile, self._source)
+        self.tile.fill(held, wmax, scale, partial(make, gain=gain) if reads_again else None)
+
+
+def _wanted(layer: AnalogMatrixLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """What the tile of ``layer`` should hold, the scale of its converters, and its largest weights."""
+    settings = {key: value for key, value in layer._numbers()._asdict().items() if key in TILE_SETTINGS}
+    clip, matrix = layer.learnable_weight_clip, layer.matrix.detach()
+    if clip is None and settings["weight_quantization"] == "none":
+        wmax = ops.absmax(matrix, layer.slices)
+        return matrix, wmax, wmax  # the parameter itself, not a copy: nothing changes it
+    settings["weight_noise"] = "none"
+    wanted, wmax = modified_weight(matrix, weight_clip=None if clip is None else clip.detach(), **settings)
+    return wanted, wmax, ops.absmax(wanted, layer.slices)  # rounding may have lifted a weight above wmax
+
+
+def _seeds_of(seed: int, devices: Sequence[torch.device]) -> list[Tensor]:
+    """A seed for each layer on its device, int64 ``[1]``, by its place among the layers: names change when a model is wrapped
+    or compiled. One transfer to each device, as each waits for it."""
+    words = [blake2b(f"{seed} {number}".encode(), digest_size=8).digest() for number in range(len(devices))]
+    numbers = torch.tensor([int.from_bytes(word, "little") >> 1 for word in words], dtype=torch.int64)
+    there = {device: numbers.to(device) for device in set(devices)}
+    return [there[device][number : number + 1] for number, device in enumerate(devices)]
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -300,7 +359,9 @@ def _copy(model: nn.Module) -> nn.Module:
         kept = (*layer._buffers.values(), layer._checked, layer._of_modes)
         memo.update((id(one), one) for one in kept if one is not None)
     for module in model.modules():  # a dozen in each, which are copied far more slowly than made
-        memo.update((id(hooks), OrderedDict()) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks)
+        memo.update(
+            (id(hooks), OrderedDict()) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks
+        )
     return copy.deepcopy(model, memo)
 
 

@@ -22,15 +22,21 @@ def _stacks(tile: Tensor, slices: int) -> list[Tensor]:
     return [part[:, None] for part in tile.split(slice_widths(tile.shape[1], slices), 1)]
 
 
-def readout(tile: Tensor, wmax: Tensor, compensation: Compensation) -> Tensor:
-    """Mean magnitude of each slice of ``tile [N, K]`` in units of ``wmax [S, N]``, as one input after the other would read it:
+def unit_of(wmax: Tensor) -> Tensor:
+    """What the readout of each slice is in units of, ``[S, 1]``: the largest of ``wmax [S, N]``."""
+    return wmax.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def readout(tile: Tensor, unit: Tensor, compensation: Compensation) -> Tensor:
+    """Mean magnitude of each slice of ``tile [N, K]`` in units of ``unit [S, 1]``, as one input after the other would read it:
     ``[S, 1]``, or ``[S, N]`` per column of the tile, which is one output."""
-    stacks = _stacks(tile, len(wmax))
-    rows = torch.cat([torch.linalg.vector_norm(x, 1, dim=2, dtype=wmax.dtype).T / x.shape[2] for x in stacks])
-    largest = wmax.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    if compensation == "global":
-        rows = rows.mean(1, keepdim=True)
-    return (rows / largest).clamp(min=LEAST)
+    over = (0, 2) if compensation == "global" else 2
+    means = []
+    for x in _stacks(tile, len(unit)):
+        total = torch.linalg.vector_norm(x, 1, dim=over, dtype=unit.dtype)
+        count = x.shape[2] * (x.shape[0] if compensation == "global" else 1)
+        means.append((total[:, None] if compensation == "global" else total.T) / count)
+    return ((means[0] if len(means) == 1 else torch.cat(means)) / unit).clamp(min=LEAST)
 
 
 def scale_slices(tile: Tensor, factors: Tensor) -> None:

@@ -127,14 +127,16 @@ def evaluate(
     values: list[tuple[float, ...]] = []
     with _progress(len(chosen) * len(times), verbose) as bar:
         for seed in chosen:
-            chip = None  # before the next one is made: only one at a time
             chip = program(
                 model, noise_model, seed, compensation=compensation, per_channel=per_channel, read_noise=read_noise
             )
             found = []
-            for time in times:
-                found.append(_number(metric, chip.drift_to(time)))
-                bar.update()
+            try:
+                for time in times:
+                    found.append(_number(metric, chip.drift_to(time)))
+                    bar.update()
+            finally:
+                chip.release()  # before the next one is made: only one at a time
             values.append(tuple(found))
     name = getattr(metric, "__name__", type(metric).__name__)
     return Evaluation(name, repr(noise_model), ideal, tuple(map(float, times)), chosen, tuple(values))
@@ -144,12 +146,14 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
     """The seeds of so many chips, or those that were given.
 
     Raises:
-        ValueError: something else, or none.
+        ValueError: something else, none, or one of them twice.
     """
     given = range(seeds) if isinstance(seeds, Integral) and not isinstance(seeds, bool) else seeds
     chosen = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
     if not chosen or not all(isinstance(seed, Integral) and not isinstance(seed, bool) for seed in chosen):
         raise ValueError(f"seeds: got {seeds!r}; a number of chips >= 1, or their seeds, are needed")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds: got {seeds!r}; each must be another, as equal seeds are the same chip")
     return tuple(map(int, chosen))
 
 

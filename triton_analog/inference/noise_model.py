@@ -28,7 +28,8 @@ class NoiseModel(ABC):
     """What all noise models have. For a device of your own see :class:`PolynomialNoiseModel`.
 
     Raises:
-        ValueError: a field out of its range, or a law with a negative deviation, by name and value.
+        TypeError: a law gives no tensor of the shape of its ``r``.
+        ValueError: a field out of its range, or a law that is not finite or a negative deviation, by name and value.
     """
 
     CELL: ClassVar[str] = "pair"
@@ -83,15 +84,25 @@ class NoiseModel(ABC):
             raise ValueError(f"{type(self).__name__}.{name}: got {getattr(self, name)!r}; {rule}")
 
     def _check_curves(self, time: float | None) -> None:
-        r, curves = knots(), self._curves(time)
+        r = knots()
+        for law in ("drift_mean", "drift_std", "read_factor", "programming_std"):
+            given = getattr(self, law)(r, *([time] if law == "programming_std" else []))
+            if not isinstance(given, Tensor) or given.shape != r.shape:
+                kind = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+                raise TypeError(
+                    f"{type(self).__name__}.{law}: gave {kind}; a tensor of the shape of r is needed, here {tuple(r.shape)}"
+                )
+        curves = self._curves(time)
+        if not curves[:, 1].isfinite().all():
+            raise ValueError(f"{type(self).__name__}.drift_mean: is not finite from 0 to g_max, {self.g_max:g} uS")
         for column, law in ((0, "programming_std"), (2, "drift_std"), (3, "read_factor")):
             values = curves[:, column]
-            worst = int(torch.where(values.isnan(), -inf, values).argmin())
+            worst = int(torch.where(values.isfinite(), values, -inf).argmin())
             g = self.g_max * min(float(r[worst]), 1.0)
-            if not values[worst] >= 0:
+            if not 0 <= values[worst] < inf:
                 raise ValueError(
                     f"{type(self).__name__}.{law}: is {values[worst]:g} at {g:g} uS; a deviation must be "
-                    f">= 0 from 0 to g_max, {self.g_max:g} uS"
+                    f"finite and >= 0 from 0 to g_max, {self.g_max:g} uS"
                 )
 
     # ---- Laws ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from types import SimpleNamespace
 from typing import Any, TypeGuard
 
 import torch
@@ -106,6 +107,39 @@ def refuse_parts(model: nn.Module, what: str) -> None:
                 "StateDictOptions(full_state_dict=True); of DeepSpeed's stage 3 what its zero_to_fp32 makes), and use "
                 "restore_analog(digital_model, state_dict)"
             )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a sharding library keeps any parameter of ``model`` in parts."""
+    return any(
+        any(map(is_in_parts, module._parameters.values()))
+        or (getattr(module, "_is_fsdp_managed_module", False) and bool(module._parameters))
+        for module in model.modules()
+    )
+
+
+def refuse_parts_but_rows(model: nn.Module, what: str) -> None:
+    """As :func:`refuse_parts`, but ``fully_shard`` may have sharded ``model``, if nothing else has.
+
+    Raises:
+        ValueError: as there.
+    """
+    if not is_sharded(model):
+        return
+    modules = list(model.modules())
+    for module in modules:
+        _put_away(module)
+    cut = [(module, p) for module in modules for p in module._parameters.values() if is_in_parts(p)]
+    if not cut or not all(_is_cut_once(module, parameter) for module, parameter in cut):
+        refuse_parts(model, what)
+
+
+def _is_cut_once(module: nn.Module, parameter: Any) -> bool:
+    """Whether ``fully_shard`` alone has cut ``parameter``."""
+    if not is_dtensor(parameter) or not getattr(module, "_is_fsdp_managed_module", False):
+        return False
+    cuts = [place for place in parameter.placements if not place.is_replicate()]
+    return len(cuts) <= 1 and not any(hasattr(place, "split_factor") for place in cuts)
 
 
 # ---- As a whole ---------------------------------------------------------------------------------------------------------
@@ -219,6 +253,15 @@ def _store(parameter: Any, full: Tensor, of_first: bool) -> None:
 def whole_of(tensor: Tensor) -> Tensor:
     """All of ``tensor``, which a user gave and which may be a DTensor; all ranks that hold a part must come here."""
     return _gather(tensor) if is_dtensor(tensor) else tensor
+
+
+def rows_here(full: Tensor, like: Any) -> Tensor:
+    """``full`` as a DTensor on the mesh of the DTensor ``like``: where that is cut, each rank keeps rows of its own."""
+    tensors = sys.modules["torch.distributed.tensor"]
+    cuts = [place if place.is_replicate() else tensors.Shard(0) for place in like.placements]
+    part = part_here(full, SimpleNamespace(device_mesh=like.device_mesh, placements=cuts)).clone()
+    mesh, shape, stride = like.device_mesh, full.shape, full.stride()
+    return tensors.DTensor.from_local(part, mesh, cuts, run_check=False, shape=shape, stride=stride)
 
 
 def cut_for(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, dtype, nn
 
 from triton_analog.calls import draw_seed
+from triton_analog.nn.parts import whole_of
 
 
 class ProgrammedTile:
@@ -21,7 +22,8 @@ class ProgrammedTile:
 
     def fill(self, tile: Tensor, wmax: Tensor, scale: Tensor, again: Callable[..., Tensor] | None = None) -> None:
         """Hold ``tile [N, K]``, the scale ``wmax [S, N]`` of its converters and what a largest conductance stands for,
-        ``scale [S, N]``. With ``again``, each forward reads the devices anew: what ``again(read_seed=...)`` gives."""
+        ``scale [S, N]``. A tile may be a DTensor, whose rows are gathered for each forward. With ``again``, each forward reads
+        the devices anew: what ``again(read_seed=...)`` gives."""
         self._tile, self._wmax, self._scale, self._again, self._cast = tile, wmax, scale, again, None
 
     def drop(self) -> None:
@@ -31,7 +33,7 @@ class ProgrammedTile:
     def held(self) -> Tensor:
         """What the devices hold, ``[N, K]``: not to be changed."""
         assert self._tile is not None
-        return self._tile
+        return whole_of(self._tile)
 
     def as_(self, kind: dtype, training: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Tile and scales, as :meth:`fill` takes them, for one forward with inputs of dtype ``kind``.
@@ -47,10 +49,10 @@ class ProgrammedTile:
         if self._again is not None:
             return self._again(read_seed=draw_seed(self._wmax.device)).to(kind), self._wmax, self._scale
         if self._tile.dtype == kind:
-            return self._tile, self._wmax, self._scale
+            return whole_of(self._tile), self._wmax, self._scale
         if self._cast is None or self._cast.dtype != kind:  # as under autocast
             self._cast = self._tile.to(kind)
-        return self._cast, self._wmax, self._scale
+        return whole_of(self._cast), self._wmax, self._scale
 
 
 def refuse_chips(model: nn.Module, what: str) -> None:

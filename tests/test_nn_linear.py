@@ -157,16 +157,33 @@ def test_autocast_gives_the_dtype_of_autocast() -> None:
     assert layer.weight.grad.dtype == torch.float32
 
 
-def test_the_printed_layer_says_what_it_simulates() -> None:
-    text = repr(AnalogLinear(40, 8, rpu_config=everything()))
-    for part in (
-        "in_features=40, out_features=8",
-        "slices=[14, 13, 13]",
-        "forward.inp_res=254",
-        "LEARNABLE_PER_CHANNEL",
-    ):
-        assert part in text
-    assert "init_value" not in text  # a default
+def test_a_printed_layer_is_short_and_its_config_says_what_it_simulates() -> None:
+    layer = AnalogLinear(40, 8, rpu_config=everything())
+    count = len(layer.rpu_config.changes())
+    shape = "in_features=40, out_features=8, bias=True, slices=[14, 13, 13]"
+    assert repr(layer) == f"AnalogLinear({shape}, rpu_config: {count} settings)"
+    lines = str(layer.rpu_config).splitlines()
+    assert lines[0] == "TorchInferenceRPUConfig, different from the defaults:"
+    assert len(lines) == 1 + count
+    assert "    forward.inp_res=254" in lines
+    assert "    clip.type=LEARNABLE_PER_CHANNEL" in lines
+    assert str(TorchInferenceRPUConfig()) == "TorchInferenceRPUConfig, all defaults"
+    assert "init_value" in repr(layer.rpu_config)  # a default: all of it on request
+
+
+def test_a_printed_model_says_once_what_its_layers_share_and_of_each_what_differs() -> None:
+    model = AnalogSequential(*(AnalogLinear(40, 8, rpu_config=everything()) for _ in range(3)), AnalogSequential())
+    model[3].append(AnalogLinear(40, 8, rpu_config=everything()))
+    text = repr(model)
+    assert text.count("forward.inp_res=254") == 1
+    assert text.splitlines()[-1].startswith("rpu_config of all 4 analog layers: forward.inp_res=254, ")
+    assert "  (1): AnalogLinear(in_features=40, out_features=8, bias=True, slices=[14, 13, 13])" in text
+    model[1].rpu_config.forward.inp_res = -1
+    lines = repr(model).splitlines()
+    assert lines[2].endswith("slices=[14, 13, 13], rpu_config: forward.inp_res=-1)")
+    assert lines[-1].startswith("rpu_config of 3 of 4 analog layers: ")
+    assert repr(model[1]).endswith("settings)")
+    assert repr(AnalogSequential(nn.ReLU())).endswith("(0): ReLU()\n)")
 
 
 # ---- Parameters and buffers -------------------------------------------------------------------------------------------

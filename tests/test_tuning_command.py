@@ -21,7 +21,9 @@ from unittest import mock
 import pytest
 import torch
 from helpers import needs_interpreter
+from rich.console import Console
 
+from bench import memory
 from triton_analog import launch
 from triton_analog.launch import Hardware, environment, hardware, store
 from triton_analog.launch.fingerprint import code_hash, space_hash
@@ -29,7 +31,7 @@ from triton_analog.launch.space import Problem, as_values
 from triton_analog.launch.store import Entry, Table
 from triton_analog.launch.writable import check_writable
 from triton_analog.ops.dac import DacConfig
-from triton_analog.tuning import autotune, command
+from triton_analog.tuning import autotune, command, tables
 from triton_analog.tuning import sweep as sweeping
 from triton_analog.tuning.inspect import TARGETS
 from triton_analog.tuning.shapes import MODELS
@@ -93,7 +95,7 @@ WRONG = {
     "sweep --dtype fp64": ["argument --dtype", "'fp64'", "bf16", "fp16", "fp32"],
     "sweep --flags noise,spam": ["argument --flags", "got spam;", "dynamic", "noise"],
     "sweep --flags aligned": ["argument --flags", "got aligned;"],
-    "sweep --models gpt,phi-3": ["argument --models", "got gpt;", *MODELS],
+    "sweep --models gpt,phi-3-mini": ["argument --models", "got gpt;", *MODELS],
     "sweep --target sm_90": ["--target", "go with --static"],
     "sweep --jobs 2": ["--jobs", "go with --static"],
     "sweep --static": ["--static", "--target", "--gpu"],
@@ -250,6 +252,34 @@ def test_show_knows_a_gpu_by_its_architecture(places, capsys):
     for arguments in (["--target", "sm_90"], ["--gpu", "NVIDIA GH200", "--target", "sm_90"]):
         (line,) = show(capsys, *arguments, "--rows", "4096")
         assert line[4:] == ["same architecture", FOUND, str(path)]
+
+
+def test_show_says_which_hardware_it_assumed(places, capsys):
+    command.main(["show", "--op", "dac", "--shapes", "512x512"])
+    assert capsys.readouterr().err == "for cpu; there is no GPU, name one with --gpu or --target\n"
+    command.main(["show", "--op", "dac", "--shapes", "512x512", "--target", "sm_90"])
+    assert capsys.readouterr().err == "for any GPU of sm_90\n"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_terminal_folds_and_loses_nothing(width, places, capsys, monkeypatch):
+    path = keep(places.own)
+
+    def shown(width: int) -> str:
+        monkeypatch.setattr(tables, "console", lambda: Console(width=width, highlight=False, markup=False, emoji=False))
+        assert command.main(["show", "--op", "dac", "--shapes", "512x512", "--rows", "4096", "--gpu", H200]) == 0
+        return capsys.readouterr().out
+
+    whole, narrow = shown(10_000), shown(width)
+    table, _, below = narrow.partition("file: ")
+    assert below == f"{path}\n"
+    assert max(map(len, table.splitlines())) <= width
+    assert sorted("".join(narrow.split())) == sorted("".join(whole.split()) + ":")
+
+
+def test_models_have_the_names_and_layers_of_the_benchmarks():
+    ours = {name: set(layers) for name, layers in MODELS.items()}
+    assert ours == {name: {(one.inputs, one.outputs) for one in model.layers} for name, model in memory.MODELS.items()}
 
 
 def test_show_has_a_line_for_each_problem(places, capsys):

@@ -54,21 +54,32 @@ class TorchInferenceRPUConfig(_Holder):
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
-        idle = ", ".join(remark.path for remark in effects.without_effect(self))
+        idle = ", ".join(self.without_effect())
         return f"{type(self).__name__}({parts})" + (f"  # without effect: {idle}" if idle else "")
 
-    __str__ = __repr__
+    def __str__(self) -> str:
+        """What differs from the defaults, a line each; ``repr`` has every field."""
+        name, lines = type(self).__name__, self.marked_changes()
+        return "\n    ".join([f"{name}, different from the defaults:", *lines]) if lines else f"{name}, all defaults"
+
+    def without_effect(self) -> list[str]:
+        """Paths of the settings that cannot act as the others are."""
+        return [remark.path for remark in effects.without_effect(self)]
 
     def marked_changes(self) -> list[str]:
-        """:meth:`changes` as ``path=value``, with those marked that cannot act as the other settings are."""
-        idle = {remark.path for remark in effects.without_effect(self)}
+        """:meth:`changes` as ``path=value``, with those marked that are :meth:`without_effect`."""
+        idle = self.without_effect()
         marks = {path: " (no effect)" if path in idle else "" for path in self.changes()}
         return [f"{path}={value}{marks[path]}" for path, value in self.changes().items()]
 
     def changes(self) -> dict[str, Any]:
-        """Every field that differs from its default, by path, with enums by name."""
+        """Those of :meth:`every_field` that differ from their defaults."""
         default = _defaults()
-        return {path: value for path, value in dictionaries.flat(self.to_dict()).items() if value != default.get(path)}
+        return {path: value for path, value in self.every_field().items() if value != default.get(path)}
+
+    def every_field(self) -> dict[str, Any]:
+        """Values by path, such as ``forward.inp_res``, with enums by name."""
+        return dictionaries.flat(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of numbers, booleans and strings (enums by name), fit for JSON."""

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from triton_analog.nn.base import AnalogLayerBase
 from triton_analog.nn.derived import Derived, derived_class
 from triton_analog.nn.outside import warn_of_lost_layers
+from triton_analog.nn.shown import in_common
 from triton_analog.nn.tied import clip_each_weight, quantize_each_weight
 
 
@@ -17,6 +18,11 @@ class AnalogContainerBase(AnalogLayerBase):
     """A module that is no analog layer itself but has some below it."""
 
     IS_CONTAINER: ClassVar[bool] = True
+
+    def __repr__(self) -> str:
+        """As torch prints it, and once what the configs of its layers have in common; layers add what differs."""
+        with in_common(self.analog_layers()) as common:
+            return super().__repr__() + common
 
     def clip_weights(self) -> None:
         """Call ``clip_weights`` of every analog layer; a weight that layers share is clipped once for equal clips."""

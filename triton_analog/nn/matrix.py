@@ -42,6 +42,7 @@ from triton_analog.nn.settings import (
     learns_clip,
     settings,
 )
+from triton_analog.nn.shown import of_layer
 from triton_analog.nn.stored_weight import stored_weight
 from triton_analog.nn.weight_noise import TILE_SETTINGS
 from triton_analog.reference import Patches, split_sizes
@@ -435,7 +436,8 @@ class AnalogMatrixLayer(SavedState):
         return (read(tile, scale, io) if reads(io) else tile), wmax
 
     def extra_repr(self) -> str:
-        parts = [super().extra_repr(), f"slices={self.get_split_sizes()}", *self.rpu_config.marked_changes()]
+        """Shape and slices; ``print(layer.rpu_config)`` says what is simulated, a printed model what its layers share."""
+        parts = [super().extra_repr(), f"slices={self.get_split_sizes()}", of_layer(self.rpu_config)]
         return ", ".join(filter(None, parts))
 
 

@@ -244,6 +244,12 @@ def _shown_hardware(options: argparse.Namespace, parser: argparse.ArgumentParser
 
 def _show(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     here = _shown_hardware(options, parser)
+    assumed = (
+        ""
+        if options.gpu or options.target or here.name != "cpu"
+        else "; there is no GPU, name one with --gpu or --target"
+    )
+    print(f"for {here.name or f'any GPU of {here.target}'}{assumed}", file=sys.stderr)
     tables.print_choices([(space, problem, explain(space, problem)) for space, problem in _problems(options, here)])
     return 0
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table as Grid
 
 from triton_analog.launch.lookup import Choice
@@ -39,15 +40,35 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _print(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Text to the left, numbers to the right."""
+def _grid(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[bool], folds: bool) -> Grid:
     grid = Grid(box=None, pad_edge=False)
     for i, heading in enumerate(headings):
-        numeric = bool(rows) and isinstance(rows[0][i], (int, float))
-        grid.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+        # Where there is not enough room words go on in the next line, and numbers stay whole.
+        least = max((len(row[i]) for row in rows), default=0) if numeric[i] else None
+        justify: Any = "right" if numeric[i] else "left"
+        grid.add_column(heading, justify=justify, no_wrap=not folds, overflow="fold", min_width=least)
     for row in rows:
-        grid.add_row(*(f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row))
-    console().print(grid)
+        grid.add_row(*row)
+    return grid
+
+
+def _print(headings: Sequence[str], rows: Sequence[Sequence[Any]], below: int | None = None) -> None:
+    """Text to the left, numbers to the right. In a terminal that is too narrow cells are folded, and the column ``below`` comes
+    below the table, each of its texts once."""
+    numeric = [bool(rows) and isinstance(rows[0][i], (int, float)) for i in range(len(headings))]
+    texts = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    out = console()
+    grid = _grid(headings, texts, numeric, folds=False)
+    unlimited = out.options.update(max_width=10_000)
+    if Measurement.get(out, unlimited, grid).maximum <= out.width:
+        out.print(grid)
+        return
+    kept = [i for i in range(len(headings)) if i != below]
+    lines = [[row[i] for i in kept] for row in texts]
+    out.print(_grid([headings[i] for i in kept], lines, [numeric[i] for i in kept], folds=True))
+    if below is not None:
+        for text in dict.fromkeys(row[below] for row in texts if row[below]):
+            out.print(f"{headings[below]}: {text}", soft_wrap=True)
 
 
 def _sizes(key: Key) -> str:
@@ -88,4 +109,4 @@ def print_choices(choices: Sequence[tuple[Space[Any], Problem, Choice[Any]]]) ->
         rows.append(
             [space.op, key.dtype, _sizes(key), ", ".join(key.flags), config, choice.level, found, choice.path or ""]
         )
-    _print(["op", "dtype", "sizes", "flags", "configuration", "why", "entry", "file"], rows)
+    _print(["op", "dtype", "sizes", "flags", "configuration", "why", "entry", "file"], rows, below=7)

@@ -335,7 +335,8 @@ class _InputOfAll(torch.autograd.Function):
         ctx: Any, given: Tensor, range_: Tensor | None, tally: Tensor | None, rows: Tensor, split: ColumnSplit,
         layout: Placement, fast_mode: bool,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(*(() if range_ is None else (given, range_)))
+        ctx.has_range = range_ is not None
+        ctx.save_for_backward(*((given, range_) if ctx.has_range else ()))
         ctx.split, ctx.layout, ctx.fast_mode, ctx.counts = split, layout, fast_mode, tally is not None
         return rows.view_as(rows)
 
@@ -344,7 +345,7 @@ class _InputOfAll(torch.autograd.Function):
         split, layout = ctx.split, ctx.layout
         grad = split._between(grad, Partial(), layout)
         drange = tally = None
-        if ctx.saved_tensors:
+        if ctx.has_range:
             given, range_ = ctx.saved_tensors
             shape, rule = grad.shape, (-1.0 if ctx.counts else 0.0, 1.0, ctx.fast_mode)
             flat, x = grad.reshape(-1, shape[-1]), given.reshape(-1, shape[-1])

@@ -181,9 +181,10 @@ class RangeShift(AnalogLayerBase):
             self.input_range_shift = self.input_range_shift_rest = self.range_tally = None
             self._is_shifted = False
             return
-        size, shift = self.ranges_here(), self.input_range_shift
-        if shift is None or (shift.numel(), shift.device) != (size, range_.device):
-            self.input_range_shift, self.input_range_shift_rest = (_wide_zeros(range_, size) for _ in range(2))
+        shift, fresh = self.input_range_shift, _wide_zeros(range_, self.ranges_here())
+        is_narrow = shift is not None and torch.promote_types(shift.dtype, fresh.dtype) != shift.dtype
+        if shift is None or is_narrow or (shift.shape, shift.device) != (fresh.shape, fresh.device):
+            self.input_range_shift, self.input_range_shift_rest = fresh, fresh.clone()
             self._is_shifted = False
             self._renew_tally()
 

@@ -110,10 +110,10 @@ def input_range_grad(
     input_min_percentage: float = 0.95,
     fast_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients ``[M, K]`` of the input and ``[S]`` of its range from ``grad [M, K]``, that of the clamped input."""
+    """Gradients ``[M, K]`` of the input and ``[S]`` (``[3, S]`` with a negative ``decay``) of its range from ``grad [M, K]``, that of the clamped input."""
     grads, range_grads = [], []
     for s, (g, x_s) in enumerate(zip(iter_slices(wide(grad), slices), iter_slices(wide(x), slices), strict=True)):
         r = input_range[s].to(x_s.dtype)
         range_grads.append(input_range_grad_slice(g, x_s, r, decay, input_min_percentage, fast_mode))
         grads.append(torch.where(x_s.abs() <= r.abs(), g, 0.0).to(grad.dtype))
-    return torch.cat(grads, dim=-1), torch.stack(range_grads)
+    return torch.cat(grads, dim=-1), torch.stack(range_grads, dim=-1)

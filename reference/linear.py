@@ -34,13 +34,14 @@ def tiles(
     std_dev: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    slice_wmax: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The weight that the tiles hold, in the forward and again in its backward, and ``wmax`` if it was found on the way."""
     if clip is None and quantization == "none" and (noise_type == "none" or std_dev <= 0):
         return weight.to(dtype), None
     return modified_weight(
         weight, slices, clip=clip, quantization=quantization, res=res, noise_type=noise_type, std_dev=std_dev, seed=seed,
-        dtype=dtype,
+        dtype=dtype, slice_wmax=slice_wmax,
     )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def linear_forward(
     weight_seed: Tensor | None,
     tile_weight: Tensor | None,
     tile_wmax: Tensor | None,
+    slice_wmax: Tensor | None,
     slices: int,
     dynamic_range: bool,
     inp_res: float,
@@ -75,19 +77,30 @@ def linear_forward(
     """``y [M, N]``, and what the backward needs beside its arguments: with a bound the saturation mask, the ranges ``[S, M]``
     of a dynamic range, and where :func:`keeps_steps` the input as :func:`dac_steps` keeps it, in two tensors."""
     rows = x if patches is None else Patches.of(patches).unfold(x)
-    if tile_weight is None:
-        w, wmax = tiles(
-            weight, slices, clip, weight_quantization, weight_res, weight_noise, weight_noise_std, weight_seed, x.dtype
+    w, wmax = tile_weight, tile_wmax
+    if w is None:
+        w, found = tiles(
+            weight,
+            slices,
+            clip,
+            weight_quantization,
+            weight_res,
+            weight_noise,
+            weight_noise_std,
+            weight_seed,
+            x.dtype,
+            slice_wmax,
         )
-    else:
-        w, wmax = tile_weight, tile_wmax
+        wmax = wmax if found is None else found
     if wmax is None and (out_noise > 0 or out_bound > 0):
         wmax = absmax(weight, slices)
 
     def scale(wanted: bool, per_channel: bool) -> Tensor | None:
         if wmax is None or not wanted:
             return None
-        return wmax if per_channel else wmax.amax(1, keepdim=True)
+        if per_channel:
+            return wmax
+        return wmax.amax(1, keepdim=True) if slice_wmax is None else slice_wmax
 
     r = absmax(rows, slices) if dynamic_range else input_range
     y, mask = matmul(
@@ -116,6 +129,7 @@ def linear_backward(
     seed: Tensor | None,
     weight_seed: Tensor | None,
     tile_weight: Tensor | None,
+    slice_wmax: Tensor | None,
     mask: Tensor | None,
     slices: int,
     inp_res: float,
@@ -128,6 +142,7 @@ def linear_backward(
     decay: float,
     input_min_percentage: float,
     fast_mode: bool,
+    clips_gradient: bool,
     patches: Sequence[int] | None,
     input_shape: Sequence[int],
     bias_dtype: torch.dtype | None,
@@ -135,11 +150,12 @@ def linear_backward(
     needs_weight: bool,
 ) -> list[Tensor]:
     """Gradients of the input (of ``input_shape``) and of a static range, where ``needs_input``; of the weight, of the bias if
-    it has a dtype and of a clip, where ``needs_weight``. ``x`` is the forward's input or what was kept of it; ``input_range``
-    is ``[S]`` or, dynamic, ``[S, M]``."""
+    it has a dtype and of a clip, where ``needs_weight``. Without ``clips_gradient`` the input's is that of the converted input,
+    and the range has none. ``x`` is the forward's input or what was kept of it; ``input_range`` is ``[S]`` or, dynamic,
+    ``[S, M]``."""
     unfolded = patches is not None and x.dtype != torch.int8
     rows = Patches.of(patches).unfold(x) if patches is not None and unfolded else x
-    static = input_range if input_range is not None and input_range.ndim == 1 else None
+    static = input_range if clips_gradient and input_range is not None and input_range.ndim == 1 else None
     w = tile_weight
     if needs_input and w is None:
         w, _ = tiles(
@@ -152,13 +168,14 @@ def linear_backward(
             weight_noise_std,
             weight_seed,
             grad.dtype,
+            slice_wmax,
         )
     if needs_input and needs_weight:
         assert w is not None
         dx, drange, dw, dbias = matmul_backward(
             grad, w, rows, input_range, slices, mask, clipped=clipped, decay=decay,
             input_min_percentage=input_min_percentage, fast_mode=fast_mode, inp_res=inp_res, dtype=weight.dtype,
-            bias_dtype=bias_dtype, inp_noise=inp_noise, inp_sto_round=inp_sto_round, seed=seed,
+            bias_dtype=bias_dtype, inp_noise=inp_noise, inp_sto_round=inp_sto_round, seed=seed, clips_gradient=clips_gradient,
         )  # fmt: skip
     elif needs_input:
         assert w is not None

@@ -27,9 +27,11 @@ def matmul_backward(
     inp_noise: float = 0.0,
     inp_sto_round: bool = False,
     seed: Tensor | None = None,
+    clips_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``dx``, ``dr``, ``dW`` and ``db``: those of :func:`matmul_dgrad` and :func:`matmul_wgrad` for the same product."""
-    static = input_range if input_range is not None and input_range.ndim == 1 else None
+    """``dx``, ``dr``, ``dW`` and ``db``: those of :func:`matmul_dgrad` and :func:`matmul_wgrad` for the same product. Without
+    ``clips_gradient``, ``dx`` is that of the converted input, and ``dr`` is empty."""
+    static = input_range if clips_gradient and input_range is not None and input_range.ndim == 1 else None
     dx, dr, _ = matmul_dgrad(
         grad, weight, x, static, slices, mask,
         clipped=clipped, decay=decay, input_min_percentage=input_min_percentage, fast_mode=fast_mode,

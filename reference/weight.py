@@ -11,9 +11,11 @@ from .noise import WEIGHT_STREAM, noise
 from .slicing import iter_slices
 
 
-def _bound(wmax: Tensor, s: int, kind: str) -> Tensor:
+def _bound(wmax: Tensor, slice_wmax: Tensor | None, s: int, kind: str) -> Tensor:
     """The scale of slice ``s``: a column per channel, or the largest channel's for ``per_tensor``."""
-    return (wmax[s].amax(0, keepdim=True) if kind == "per_tensor" else wmax[s])[:, None]
+    if kind != "per_tensor":
+        return wmax[s][:, None]
+    return (wmax[s].amax(0, keepdim=True) if slice_wmax is None else slice_wmax[s])[:, None]
 
 
 def weight(
@@ -27,18 +29,20 @@ def weight(
     std_dev: float = 0.0,
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    slice_wmax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weight the tiles hold, ``[N, K]`` in ``dtype`` (default: that of ``weight``), and ``wmax [S, N]``.
 
     ``clip [S, N]`` is the learned clip; ``quantization`` and ``noise_type`` are ``none``, ``per_tensor`` (one scale per
-    slice) or ``per_channel``. In int8 it is the number of steps, for a weight that is quantized and not disturbed.
+    slice: ``slice_wmax [S, 1]`` where the slices have more channels than these) or ``per_channel``. In int8 it is the number of
+    steps, for a weight that is quantized and not disturbed.
     """
     wmax = wide(clip).abs() if clip is not None else absmax(weight, slices)
     q_max = half_steps(res) if quantization != "none" else 0.0
     parts = []
     for s, part in enumerate(iter_slices(wide(weight), slices)):
         if q_max > 0:
-            bound = _bound(wmax, s, quantization)
+            bound = _bound(wmax, slice_wmax, s, quantization)
             part = to_grid(part, bound, q_max).clamp_(-q_max, q_max).round_()
             if dtype != torch.int8:
                 part.mul_(bound / q_max)
@@ -50,7 +54,7 @@ def weight(
         assert seed is not None
         z = noise(seed, *weight.shape, stream=WEIGHT_STREAM)
         for s, (part, z_s) in enumerate(zip(iter_slices(out, slices), iter_slices(z, slices), strict=True)):
-            part.addcmul_(std_dev * _bound(wmax, s, noise_type), z_s)
+            part.addcmul_(std_dev * _bound(wmax, slice_wmax, s, noise_type), z_s)
     return out.to(dtype or weight.dtype), wmax
 
 

@@ -221,7 +221,7 @@ def test_the_precision_of_fp32_products_is_part_of_a_plan(monkeypatch):
     monkeypatch.setattr(plan, "input_precision", lambda: asked.append(1) or "ieee")
     with launch.backend("kernel"):
         calls.linear_forward(
-            *(torch.randn(2, 4), torch.randn(3, 4)), *[None] * 7, 1, False, -1.0, 0.0, False, 0.0, False, 0.0, False, -1.0,
+            *(torch.randn(2, 4), torch.randn(3, 4)), *[None] * 8, 1, False, -1.0, 0.0, False, 0.0, False, 0.0, False, -1.0,
             "none", 0.0, "none", 0.0, "full", None, False,
         )  # fmt: skip
     assert asked

@@ -40,7 +40,7 @@ def test_the_forward_is_weight_and_product(dtype, per_channel, backend, device):
         "per_channel",
         0.1,
     )
-    y, mask = linear_forward(x, weight, bias, r, None, seed, weight_seed, None, None, *numbers, "full", None, True)
+    y, mask = linear_forward(x, weight, bias, r, None, seed, weight_seed, *[None] * 3, *numbers, "full", None, True)
     tile, wmax = ops.weight(weight, SLICES, noise_type="per_channel", std_dev=0.1, seed=weight_seed)
     scale = wmax if per_channel else wmax.amax(1, keepdim=True)
     product, own_mask = ops.matmul(
@@ -59,8 +59,8 @@ def test_the_backward_makes_the_noisy_weight_again(wanted, backend, device):
     _, mask = ops.matmul(x, tile, bias, r, SLICES, inp_res=254, out_bound=1.0, bound_wmax=wmax, out_res=254)
     grad = randn(ROWS, COLUMNS, device=device)
     found = linear_backward(
-        grad, x, None, weight, r, None, seed, weight_seed, None, mask, SLICES, 254.0, 0.05, True, "none", 0.0, "per_channel", 0.1,
-        0.01, 0.9, False, None, x.shape, torch.float32, *wanted,
+        grad, x, None, weight, r, None, seed, weight_seed, None, None, mask, SLICES, 254.0, 0.05, True, "none", 0.0,
+        "per_channel", 0.1, 0.01, 0.9, False, True, None, x.shape, torch.float32, *wanted,
     )  # fmt: skip
     dx, dr, dw, dbias = ops.matmul_backward(
         grad,
@@ -88,7 +88,7 @@ def test_what_is_kept_for_the_backward(backend, device):
     off = (0.0, False, 0.0, False, 0.0, False, -1.0, "none", 0.0, "none", 0.0)
 
     def kept(ranges, dynamic, save, grad):
-        out = linear_forward(x, weight, bias, ranges, *[None] * 5, SLICES, dynamic, 254.0, *off, save, None, grad)
+        out = linear_forward(x, weight, bias, ranges, *[None] * 6, SLICES, dynamic, 254.0, *off, save, None, grad)
         return [(t.dtype, tuple(t.shape)) for t in out[1:]]
 
     steps = [(torch.int8, (ROWS, FEATURES)), (torch.uint8, (2, ROWS, 7))]

@@ -32,7 +32,7 @@ def samples():
     learned = leaf(SLICES, COLUMNS)
     linear = (leaf(ROWS, FEATURES), leaf(COLUMNS, FEATURES))
     converted = (SLICES, False, 254.0, 0.1, True, 0.1, True, 1.0, True, 254.0, "per_channel", 30.0, "per_channel", 0.1)
-    seeds = (seed, seed, None, None)
+    seeds = (seed, seed, None, None, None)
     modifier = ("per_channel", 30.0, "per_channel", 0.1)
     off = (-1.0, 0.0, None, 0.0, None, -1.0, None)
     converters = (254.0, 0.1, wmax, 1.0, wmax, 254.0)
@@ -58,14 +58,16 @@ def samples():
         ("adc_grad", (grad, mask)),
         ("adc_grad", (grad.T.contiguous().T, mask[1:])),
         ("input_range_grad", (x, x, r, SLICES, 0.1, 0.5, False)),
+        ("input_range_grad", (x, x, r, SLICES, -1.0, 0.5, False)),
         ("input_range_update", (r.clone(), count.clone(), r * 0, torch.rand(SLICES, 3) * 50, 10, 3.0)),
         ("input_range_learn", (x, r.clone(), count.clone(), r * 0, SLICES, 10, 3.0)),
         ("input_range_learn", (x, r.clone(), count.clone(), None, SLICES, 10, 3.0)),
         ("input_range_update_fast", (r.clone(), count.clone(), r * -1, r * 2, torch.randn(2, SLICES), 10, 0.9)),
-        ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "per_tensor", 30.0, "per_channel", 0.1, seed, torch.float32)),
-        ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "none", 0.0, "none", 0.0, None, torch.bfloat16)),
-        ("weight", (leaf(COLUMNS, FEATURES), SLICES, learned, "per_channel", 30.0, "none", 0.0, None, torch.float32)),
-        ("weight", (weight, SLICES, None, "per_channel", 30.0, "none", 0.0, None, torch.int8)),
+        ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "per_tensor", 30.0, "per_channel", 0.1, seed, torch.float32, None)),
+        ("weight", (leaf(COLUMNS, FEATURES), SLICES, None, "none", 0.0, "none", 0.0, None, torch.bfloat16, None)),
+        ("weight", (leaf(COLUMNS, FEATURES), SLICES, learned, "per_channel", 30.0, "none", 0.0, None, torch.float32, None)),
+        ("weight", (weight, SLICES, None, "per_tensor", 30.0, "per_tensor", 0.1, seed, torch.float32, wmax[:, :1])),
+        ("weight", (weight, SLICES, None, "per_channel", 30.0, "none", 0.0, None, torch.int8, None)),
         ("weight_grad", (weight, weight * 2, clip, SLICES, "per_channel", 30.0)),
         ("matmul", (*linear, None, None, SLICES, *off, None, 0.0, True, 0.0, False)),
         ("matmul", (*linear, leaf(COLUMNS), leaf(SLICES), SLICES, *converters, seed, None, 0.0, True, 0.1, True)),
@@ -79,25 +81,32 @@ def samples():
         ("matmul_dgrad", (grad, weight, steps, clipped, r, SLICES, mask, 0.1, 0.5, False, -1.0, False)),
         ("matmul_dgrad", (grad, weight, x, None, None, SLICES, None, 0.0, 0.5, True, -1.0, False)),
         ("matmul_backward", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, 254.0, torch.float32, torch.float32,
-                             0.0, False, None)),
+                             0.0, False, None, True)),
         ("matmul_backward", (grad, weight, steps, clipped, r, SLICES, mask, 0.1, 0.5, True, 254.0, torch.bfloat16, None,
-                             0.1, True, seed)),
+                             0.1, True, seed, True)),
         ("matmul_backward", (grad, weight, x, None, dynamic, SLICES, None, 0.0, 0.5, False, 254.0, torch.float32, None,
-                             0.0, False, None)),
+                             0.0, False, None, True)),
+        ("matmul_backward", (grad, weight, x, None, r, SLICES, mask, 0.1, 0.5, False, 254.0, torch.float32, torch.float32,
+                             0.0, False, None, False)),
         ("linear_forward", (x, weight, one.expand(COLUMNS), r, None, *seeds, *converted, "full", None, True)),
+        ("linear_forward", (x, weight, None, r, None, seed, seed, None, None, wmax[:, :1], SLICES, False, 254.0, 0.0, False, 0.1,
+                            False, 1.0, False, 254.0, "per_tensor", 30.0, "per_tensor", 0.1, "full", None, True)),
         ("linear_forward", (x, weight, None, r, clip, *seeds, *converted, "int8", None, True)),
-        ("linear_forward", (x, weight, None, None, None, None, None, None, None, SLICES, True, 254.0, 0.0, False,
+        ("linear_forward", (x, weight, *[None] * 8, SLICES, True, 254.0, 0.0, False,
                             0.0, False, 0.0, False,
                             -1.0, "none", 0.0, "none", 0.0, "full", None, False)),
-        ("linear_backward", (grad, x, None, weight, r, None, seed, seed, None, mask, SLICES, 254.0, 0.1, True, *modifier,
-                             0.1, 0.5, False, None, [ROWS, FEATURES], torch.float32, True, True)),
-        ("linear_backward", (grad, steps, clipped, weight, r, clip, None, seed, None, mask, SLICES, 254.0, 0.0, False, *modifier,
-                             0.1, 0.5, False, None, [ROWS, FEATURES], None, False, True)),
-        ("linear_backward", (grad, x, None, weight, r, None, seed, seed, None, mask, SLICES, 254.0, 0.1, True, *modifier,
-                             0.1, 0.5, False, None, [ROWS, FEATURES], None, True, False)),
+        ("linear_backward", (grad, x, None, weight, r, None, seed, seed, None, None, mask, SLICES, 254.0, 0.1, True, *modifier,
+                             0.1, 0.5, False, True, None, [ROWS, FEATURES], torch.float32, True, True)),
+        ("linear_backward", (grad, x, None, weight, r, None, None, seed, None, wmax[:, :1], mask, SLICES, 254.0, 0.0, False,
+                             "per_tensor", 30.0, "per_tensor", 0.1, 0.1, 0.5, False, False, None, [ROWS, FEATURES], None, True,
+                             True)),
+        ("linear_backward", (grad, steps, clipped, weight, r, clip, None, seed, None, None, mask, SLICES, 254.0, 0.0, False,
+                             *modifier, 0.1, 0.5, False, True, None, [ROWS, FEATURES], None, False, True)),
+        ("linear_backward", (grad, x, None, weight, r, None, seed, seed, None, None, mask, SLICES, 254.0, 0.1, True, *modifier,
+                             0.1, 0.5, False, True, None, [ROWS, FEATURES], None, True, False)),
         ("analog_linear", (*linear, leaf(COLUMNS), leaf(SLICES), None, seed, None, None, None, False, 7, 254.0, 0.1, True, 0.1,
-                           True, 1.0, True, 254.0, "none", 0.0, "per_channel", 0.1, 0.0, 0.95, False, True, "full", 1, None,
-                           None)),
+                           True, 1.0, True, 254.0, "none", 0.0, "per_channel", 0.1, 0.0, 0.95, False, True, "full", True, 1, None,
+                           None, None)),
         ("matmul_wgrad", (grad, x, r, SLICES, mask, 254.0, torch.float32, False, torch.float32, 0.1, True, seed)),
         ("matmul_wgrad", (grad, steps, r, SLICES, mask, 254.0, torch.float32, True, None, 0.1, True, seed)),
         ("matmul_wgrad", (grad, x, None, SLICES, None, -1.0, torch.bfloat16, False, torch.bfloat16, 0.0, False, None)),
@@ -191,7 +200,7 @@ def test_whole_numbers_become_floats_past_the_dispatcher_too(monkeypatch):
     numbers = (SLICES, False, 254, 0, False, 0, False, 1, False, 254, "none", 0, "none", 0)
     with torch.no_grad():
         linear_forward(
-            *(torch.randn(ROWS, FEATURES), torch.randn(COLUMNS, FEATURES)), *[None] * 7, *numbers, "full", None, False
+            *(torch.randn(ROWS, FEATURES), torch.randn(COLUMNS, FEATURES)), *[None] * 8, *numbers, "full", None, False
         )
     kinds = [str(argument.type) for argument in OPERATORS.linear_forward.default._schema.arguments]
     for kind, value in zip(kinds, seen, strict=True):

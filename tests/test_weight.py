@@ -302,7 +302,7 @@ def test_the_seed_decides_the_weight(backend, device):
 def test_blocks_do_not_change_the_weight(config, slices, kinds, backend, device):
     quantization, noise_type = kinds
     arguments = (randn(17, 96, device=device), slices, None, quantization, 30, noise_type, 0.1, seed_of(6, device))
-    expected, given = (launch_weight(*arguments, torch.float32, c) for c in (None, config))
+    expected, given = (launch_weight(*arguments, torch.float32, None, c) for c in (None, config))
     assert torch.equal(given[0], expected[0])
     assert torch.equal(given[1], expected[1])
 

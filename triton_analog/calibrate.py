@@ -200,7 +200,8 @@ def _statistic(
     std_alpha: float | None,
     signed: bool,
 ) -> RangeStatistic:
-    K, S = layer.tile_shape[1], layer.slices
+    split = layer.split
+    K, S = (layer.tile_shape[1], layer.slices) if split is None else (split.features, split.slices)
     alpha = layer.rpu_config.pre_post.input_range.init_std_alpha if std_alpha is None else std_alpha
     maxima = each_group(partial(slice_maxima, slices=S), K)
     deviations = each_group(lambda rows: alpha * ops.std(rows, S), K)
@@ -240,7 +241,7 @@ def _without_range(layer: AnalogMatrixLayer) -> Numbers:
 
 def _observe(name: str, layer: AnalogMatrixLayer, statistic: RangeStatistic, x: Tensor, *shared: Any) -> Tensor:
     y = type(layer).analog_matmul(layer, x, *shared)  # which also refuses an x that does not fit
-    rows = layer.tile_rows(x.detach())
+    rows = layer.tile_rows(x.detach() if layer.split is None else layer.split.inputs(x))
     largest = ops.absmax(rows, 1)[0]
     if not largest.isfinite().all():
         raise ValueError(
@@ -260,6 +261,8 @@ def _found_ranges(layers: Layers, statistics: Statistics) -> dict[str, Tensor]:
     found = {}
     for name, layer in layers.items():
         ranges = statistics[name].ranges()
+        if layer.split is not None:
+            ranges = layer.split.whole_ranges(ranges)
         if ranges is not None:
             found[name] = _storable(name, layer, ranges)
     if not found:

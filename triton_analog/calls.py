@@ -23,7 +23,9 @@ SaveInput = Literal["full", "int8"]
 
 
 class Numbers(NamedTuple):
-    """All arguments of :func:`triton_analog.functional.analog_linear` but its tensors."""
+    """All arguments of :func:`triton_analog.functional.analog_linear` but its tensors; and ``clips_gradient``: False leaves the
+    gradient of the input as it is behind the converter, where the range clips too, and the range without one, for who adds up
+    the gradients of the parts of a layer first."""
 
     dynamic_input_range: bool = False
     max_input_size: int = -1
@@ -44,6 +46,7 @@ class Numbers(NamedTuple):
     fast_mode: bool = False
     training: bool = True
     save_input: SaveInput = "full"
+    clips_gradient: bool = True
     groups: int = 1
     patches: Patches | None = None
 
@@ -94,6 +97,7 @@ class _Backward(NamedTuple):
     decay: float
     input_min_percentage: float
     fast_mode: bool
+    clips_gradient: bool
     patches: tuple[int, ...] | None
 
 
@@ -111,7 +115,7 @@ class _Settings(NamedTuple):
 
 
 class _AnalogLinear(Gradient):
-    """Of the tensors of :func:`linear`, the tally last, and their settings. Gives what :func:`linear_forward` gives, the output
+    """Of the tensors of :func:`linear_forward`, a tally, and their settings. Gives what :func:`linear_forward` gives, the output
     first."""
 
     NAME = "analog_linear"
@@ -128,17 +132,18 @@ class _AnalogLinear(Gradient):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, mask = ctx.saved_tensors
+        x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, slice_wmax, mask = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_range, needs_clip = ctx.needs_input_grad[:5]
         needs_input, needs_matrix = needs_x or needs_range, needs_weight or needs_bias or needs_clip
         bias_dtype = ctx.bias_dtype if needs_bias else None
         gradients = linear_backward(
-            grad, x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, mask, *ctx.numbers, ctx.input_shape,
-            bias_dtype, needs_input, needs_matrix,
+            grad, x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, slice_wmax, mask, *ctx.numbers,
+            ctx.input_shape, bias_dtype, needs_input, needs_matrix,
         )  # fmt: skip
         found = iter(gradients)
         dx = next(found) if needs_input else None
-        drange = next(found) if needs_input and ranges is not None and ranges.ndim == 1 else None
+        has_range = needs_input and ctx.clips_gradient and ranges is not None and ranges.ndim == 1
+        drange = next(found) if has_range else None
         tally = None
         if drange is not None and drange.ndim == 2:
             drange, tally = drange[0], drange[1:]
@@ -151,7 +156,7 @@ class _AnalogLinear(Gradient):
             dbias,
             drange if needs_range else None,
             dclip if needs_clip else None,
-            *(None,) * 4,
+            *(None,) * 5,
             tally,
             None,
         )
@@ -173,16 +178,17 @@ class _EagerAnalogLinear(torch.autograd.Function):
 
 def _remember(ctx: Any, args: Sequence[Any], kept: Sequence[Tensor]) -> None:
     """Keep what the backward needs of the arguments and of what the forward made beside its output."""
-    x, weight, bias, input_range, clip, seed, weight_seed, tile_weight, _, tally, settings = args
+    x, weight, bias, input_range, clip, seed, weight_seed, tile_weight, _, slice_wmax, tally, settings = args
     kept, numbers = list(kept), settings.forward
     ctx.numbers = settings.backward if tally is None else settings.tallied
+    ctx.clips_gradient = ctx.numbers.clips_gradient
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.input_shape = x.shape
     mask = kept.pop(0) if numbers.out_bound > 0 else None
     ranges = kept.pop(0) if numbers.dynamic_range else input_range
     x, clipped = kept or (x, None)
     seed = seed if numbers.inp_noise > 0 or numbers.inp_sto_round else None
-    ctx.save_for_backward(x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, mask)
+    ctx.save_for_backward(x, clipped, weight, ranges, clip, seed, weight_seed, tile_weight, slice_wmax, mask)
 
 
 def parts_of(tensor: Tensor | None, groups: int, dim: int = 0) -> list[Any]:
@@ -277,7 +283,7 @@ def _checked(
     (
         dynamic_input_range, max_input_size, inp_res, inp_noise, inp_sto_round, out_noise, out_noise_per_channel, out_bound,
         out_bound_per_channel, out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay,
-        input_min_percentage, fast_mode, training, save_input, groups, patches,
+        input_min_percentage, fast_mode, training, save_input, clips_gradient, groups, patches,
     ) = numbers  # fmt: skip
     check_input(x, weight, groups, patches)
     check.tensors(bias=bias, input_range=input_range, weight_clip=weight_clip, seed=seed, weight_seed=weight_seed)
@@ -341,7 +347,8 @@ def _checked(
     packed = None if patches is None else patches.numbers()
     backward = _Backward(
         slices, float(inp_res), float(inp_noise), inp_sto_round, weight_quantization, float(weight_res), weight_noise,
-        float(weight_noise_std), float(range_decay), float(input_min_percentage), fast_mode, packed,
+        float(weight_noise_std), float(range_decay), float(input_min_percentage), fast_mode,
+        clips_gradient, packed,
     )  # fmt: skip
     return _Settings(
         dtype,
@@ -395,16 +402,23 @@ def linear(
     tile_wmax: Tensor | None,
     numbers: Numbers,
     range_tally: Tensor | None = None,
+    slice_wmax: Tensor | None = None,
 ) -> Tensor:
     """:func:`triton_analog.functional.analog_linear`, of arguments that were sorted before.
 
     With ``range_tally [2, groups * S]``, whose values do not matter, the range's gradient is without its decay. The gradient of
     the tally is how many inputs did not clip, and how many there were. (Under a transform of ``torch.func`` it has none.)
+
+    ``slice_wmax [S, 1]`` is each slice's largest ``wmax`` where ``weight`` has only some outputs of a layer without groups.
+    ``tile_wmax`` without ``tile_weight`` spares a pass over a weight that the tiles hold as it is.
     """
-    tensors = x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax, range_tally
+    tensors = (
+        x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax, slice_wmax, range_tally,
+    )  # fmt: skip
     if torch.compiler.is_compiling():  # then one call is traced, and none of the checks
         *others, patches = numbers
-        return _traced(*tensors[:9], *others, None if patches is None else patches.numbers(), range_tally)
+        packed = None if patches is None else patches.numbers()
+        return _traced(*tensors[:9], *others, packed, range_tally, slice_wmax)
     return _linear(tensors, numbers)
 
 
@@ -412,20 +426,21 @@ def linear_and_masks(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """What :func:`linear` gives, without a gradient, and for every group its ADC's mask of saturated products (see
     :func:`triton_analog.ops.matmul`); no masks without a bound."""
     *tensors, numbers = arguments[:10]
+    slice_wmax = arguments[11] if len(arguments) > 11 else None
     masks: list[Tensor] = []
 
     def product(settings: _Settings, *tensors: Any) -> Tensor:
-        y, *kept = linear_forward(*tensors[:9], *settings.forward, True)
+        y, *kept = linear_forward(*tensors[:10], *settings.forward, True)
         if settings.forward.out_bound > 0:
             masks.append(kept[0])
         return y
 
-    return _linear((*tensors, None), numbers, product), masks
+    return _linear((*tensors, slice_wmax, None), numbers, product), masks
 
 
 def _linear(tensors: tuple[Any, ...], numbers: Numbers, product: Callable[..., Tensor] | None = None) -> Tensor:
     product = product or _product
-    *others, tally = tensors
+    *others, slice_wmax, tally = tensors
     settings = _settings_of(tensors[:9], numbers)
     x, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax = others
     groups, patches = numbers.groups, numbers.patches
@@ -438,13 +453,14 @@ def _linear(tensors: tuple[Any, ...], numbers: Numbers, product: Callable[..., T
     rows = x if patches is not None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if groups == 1:
         y = product(
-            settings, rows, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax, tally
-        )
+            settings, rows, weight, bias, input_range, weight_clip, seed, weight_seed, tile_weight, tile_wmax, slice_wmax, tally
+        )  # fmt: skip
     else:
         parts = zip(
             parts_of(rows, groups, 1), parts_of(weight, groups), parts_of(bias, groups), parts_of(input_range, groups),
             parts_of(weight_clip, groups, 1), seeds_of(seed, groups), seeds_of(weight_seed, groups),
-            parts_of(tile_weight, groups), parts_of(tile_wmax, groups, 1), parts_of(tally, groups, 1), strict=True,
+            parts_of(tile_weight, groups), parts_of(tile_wmax, groups, 1), parts_of(slice_wmax, groups),
+            parts_of(tally, groups, 1), strict=True,
         )  # fmt: skip
         y = torch.cat([product(settings, *part) for part in parts], -1)
     if patches is not None:
@@ -465,8 +481,8 @@ def _product(settings: _Settings, *tensors: Any) -> Tensor:
 def _from_operator(*arguments: Any) -> Tensor:
     *others, patches = arguments[9 : 9 + len(Numbers._fields)]
     numbers = Numbers(*others, None if patches is None else Patches.of(patches))  # type: ignore[call-arg]
-    tally = arguments[-1] if len(arguments) > 9 + len(Numbers._fields) else None
-    return _linear((*arguments[:9], tally), numbers)
+    tally, slice_wmax = (*arguments[9 + len(Numbers._fields) :], None, None)[:2]
+    return _linear((*arguments[:9], slice_wmax, tally), numbers)
 
 
 _traced = composite(

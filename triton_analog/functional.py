@@ -193,7 +193,7 @@ def analog_linear(
     numbers = Numbers(
         dynamic_input_range, max_input_size, inp_res, inp_noise, inp_sto_round, out_noise, out_noise_per_channel, out_bound,
         out_bound_per_channel, out_res, weight_quantization, weight_res, weight_noise, weight_noise_std, range_decay,
-        input_min_percentage, fast_mode, training, save_input, groups, patches,
+        input_min_percentage, fast_mode, training, save_input, True, groups, patches,
     )  # fmt: skip
     y = linear(x, weight, bias, input_range, weight_clip, seed, weight_seed, tile, tile_wmax, numbers)
     remark(numbers, input_range is not None)

@@ -71,7 +71,12 @@ def analyze(
     check_forward(forward)
     layers = analog_layers(model)
     check_batches(batches)
-    for layer in layers.values():
+    for name, layer in layers.items():
+        if layer.split is not None:
+            raise ValueError(
+                f"model: tensor parallelism has split {name}, of which no rank has all; take the whole state dict, and analyze "
+                "restore_analog(digital_model, state_dict)"
+            )
         layer._numbers()  # says what is wrong with a config that was changed by hand
     counts = {name: LayerCounts(layer) for name, layer in layers.items()}
     run = partial(run_batch, argument="batches") if forward is None else forward

@@ -9,6 +9,7 @@ from torch import nn
 
 from triton_analog.nn.base import named_analog_layers
 from triton_analog.nn.range_startup import RangeStartup
+from triton_analog.seeds import set_noise_rank
 
 
 def set_parallel(model: nn.Module, statistics: Any, tp: Any = None) -> None:
@@ -17,7 +18,9 @@ def set_parallel(model: nn.Module, statistics: Any, tp: Any = None) -> None:
     That are the ranks that run the same layers on other data: those of data and context parallelism, sharded or not, but
     not those of other pipeline stages, which run other layers, nor those of tensor parallelism, which see the same data.
     Without a word it is every rank, as data parallelism alone needs it; where a layer sees that the job has more dimensions,
-    its first training forward raises until this was called. Call it on every rank, before the first forward. ::
+    its first training forward raises until this was called. Call it on every rank, before the first forward. With ``tp`` it also
+    says which noise this process draws (:func:`triton_analog.seeds.set_noise_rank`): ranks of one ``tp`` draw the same, as parts
+    of one layer, and others different noise. ::
 
         mesh = init_device_mesh("cuda", (2, 4, 2), mesh_dim_names=("pp", "dp", "tp"))
         set_parallel(model, statistics=mesh["dp"], tp=mesh["tp"])
@@ -26,7 +29,8 @@ def set_parallel(model: nn.Module, statistics: Any, tp: Any = None) -> None:
         model: Holds analog layers; all of them are set (``layer.process_group`` of each).
         statistics: A mesh of one or more dimensions, such as ``mesh["dp", "cp"]``, a process group, ``"world"`` (every
             rank), or None (each rank for itself).
-        tp: The mesh or group of tensor parallelism, if there is one: none of its other ranks must be among ``statistics``.
+        tp: The mesh or group of tensor parallelism, if there is one: none of its other ranks must be among ``statistics``. Their
+            generators must be seeded alike (``torch.manual_seed``).
 
     Raises:
         TypeError: ``model`` is no module, or a group is something else.
@@ -48,6 +52,10 @@ def set_parallel(model: nn.Module, statistics: Any, tp: Any = None) -> None:
         )
     for layer in layers:
         layer.process_group = group
+    if beside is not None:
+        set_noise_rank(
+            min(_ranks(beside))
+        )  # not the rank among replicas: stages of a pipeline draw different noise too
 
 
 def _is_world(group: Any) -> bool:

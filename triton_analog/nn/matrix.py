@@ -24,9 +24,9 @@ from triton_analog.functional import modified_weight
 from triton_analog.nn.before_step import watch
 from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.config_slot import SLOT, BuffersWithConfig
-from triton_analog.nn.one_forward import OneForward
+from triton_analog.nn.one_forward import OneForward, refuse_shared_forward
 from triton_analog.nn.outside import complaint_of_shape
-from triton_analog.nn.parts import is_managed, refuse_flat, whole_of
+from triton_analog.nn.parts import is_dtensor, is_managed, refuse_flat, whole_of
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.range_shift import SHIFTS
 from triton_analog.nn.read_noise import largest_of_slices, read, reads
@@ -78,7 +78,7 @@ class AnalogMatrixLayer(SavedState):
             *("_of_modes", "_numbers_of", "was_called", "programmed"),
             *("_missed_config", "_knows_ranks", SLOT),
             *("_last_seen", "_steps_without_clip"),
-            *("weight_noise_seed", "_kept_noise", "_seed_rank", "_was_gathered"),
+            *("weight_noise_seed", "_kept_noise", "_seed_rank", "_was_gathered", "split"),
         }
     )
     """What an instance holds beyond its torch layer, and leaves behind when it becomes digital."""
@@ -330,6 +330,9 @@ class AnalogMatrixLayer(SavedState):
             raise ValueError(complaint) from error
 
     def _matmul(self, x: Tensor, one_forward: OneForward | None, product: Callable[..., Tensor]) -> Tensor:
+        if self.split is not None:
+            refuse_shared_forward(one_forward)
+            return self.split.matmul(self, x, product)
         numbers, matrix, bias = self._numbers(), self.matrix, self.bias
         if numbers.training and not self.was_called:
             self._begin_training()
@@ -383,6 +386,9 @@ class AnalogMatrixLayer(SavedState):
         product: Callable[..., Tensor] = linear,
     ) -> Tensor:
         """The product as ``numbers`` say, which ask for no input range: the stored one stays out of it."""
+        if self.split is not None:
+            refuse_shared_forward(one_forward)
+            return self.split.matmul_without_range(self, numbers, x, product)
         matrix, tile, wmax = self.matrix, None, None
         if one_forward is not None:
             if one_forward.tile is None:
@@ -393,10 +399,23 @@ class AnalogMatrixLayer(SavedState):
     def _begin_training(self) -> None:
         """Before the first training forward: what can only be known then."""
         refuse_flat(self)
+        self._refuse_foreign_split()
         self._refuse_unknown_master()
         watch(self)
         self._own_the_seed()
         vars(self)["was_called"] = True
+
+    def _refuse_foreign_split(self) -> None:
+        """Nothing that does not know of tiles has split this layer.
+
+        Raises:
+            ValueError: its weight is a DTensor while it runs, as below torch's own ``ColwiseParallel``.
+        """
+        if self.split is None and is_dtensor(self._parameters.get("weight")):
+            raise ValueError(
+                f"weight: that of this {type(self).__name__} is split over ranks by something that knows nothing of its tiles, "
+                "ranges and noise; use AnalogColwise or AnalogRowwise of triton_analog.distributed in parallelize_module"
+            )
 
     def _tile_of_all(
         self, one_forward: OneForward, x: Tensor, matrix: Tensor, numbers: Numbers

@@ -17,6 +17,19 @@ def draw_seeds(count: int, device: torch.device) -> tuple[Tensor, ...]:
     return drawn[:, :1].unbind(0)
 
 
+def refuse_shared_forward(one_forward: OneForward | None) -> None:
+    """A call of a layer that is split over ranks is a forward of its own.
+
+    Raises:
+        ValueError: it is to share one with others.
+    """
+    if one_forward is not None:
+        raise ValueError(
+            "one_forward: given to a layer that tensor parallelism has split, whose calls cannot share a weight; leave it out, "
+            "or leave the layer whole (fully_shard may shard it)"
+        )
+
+
 class OneForward:
     """What ``calls`` calls of one layer share in a forward: the weight as the tiles hold it, made in the first of them.
 

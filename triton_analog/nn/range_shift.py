@@ -14,6 +14,7 @@ from triton_analog.nn.before_step import watch
 from triton_analog.nn.compilers import run_while_tracing
 from triton_analog.nn.parts import is_dtensor, is_stepped_elsewhere
 from triton_analog.nn.sharding import is_gathered, own_part
+from triton_analog.nn.split import Split, stored_range
 from triton_analog.ops._transforms import is_transforming
 
 SHIFTS = ("input_range_shift", "input_range_shift_rest")
@@ -41,6 +42,8 @@ class RangeShift(AnalogLayerBase):
     input_range_shift: Tensor | None
     input_range_shift_rest: Tensor | None
     range_tally: Tensor | None = None
+    split: Split | None = None
+    """Which part of the layer is this rank's, under tensor parallelism."""
 
     has_range_master = False
     """Whether an optimizer steps a copy of the range in its place."""
@@ -80,7 +83,7 @@ class RangeShift(AnalogLayerBase):
         compiling = torch.compiler.is_compiling()
         if not (_shifts_in_graph(self) if compiling else self.stores_range_apart()):
             return None
-        range_ = self.input_range.detach()
+        range_ = stored_range(self)
         if compiling or self.is_shifted():
             return self.range_in_use(range_)
         return range_.to(self.input_range_shift.dtype, copy=True)
@@ -91,7 +94,7 @@ class RangeShift(AnalogLayerBase):
         assert self.input_range is not None
         assert self.input_range_shift is not None
         assert self.input_range_shift_rest is not None
-        stored = self.input_range.detach()
+        stored = stored_range(self)
         self.input_range_shift.copy_(range_ - stored)
         self.input_range_shift_rest.copy_(range_ - (stored + self.input_range_shift))
         if not torch.compiler.is_compiling():
@@ -155,7 +158,7 @@ class RangeShift(AnalogLayerBase):
 
     def _renew_tally(self) -> None:
         range_ = self.input_range
-        self.range_tally = None if range_ is None else _wide_zeros(range_, 2, range_.numel()).requires_grad_()
+        self.range_tally = None if range_ is None else _wide_zeros(range_, 2, self.ranges_here()).requires_grad_()
 
     def take_tally(self) -> Tensor | None:
         """What was counted since this was last called, ``[2, S]``: unclipped inputs, and all of them. None if nothing was."""
@@ -166,16 +169,22 @@ class RangeShift(AnalogLayerBase):
 
     # ---- State ----------------------------------------------------------------------------------------------------------
 
+    def ranges_here(self) -> int:
+        """How many input ranges the part of the layer has that this rank computes."""
+        assert self.input_range is not None
+        return self.input_range.numel() if self.split is None else self.split.slices
+
     def _fit_shift(self) -> None:
         """A shift and a tally exactly where there is a range."""
         range_ = self.input_range
         if range_ is None:
             self.input_range_shift = self.input_range_shift_rest = self.range_tally = None
             self._is_shifted = False
-        elif (shift := self.input_range_shift) is None or (shift.shape, shift.device) != (range_.shape, range_.device):
-            self.input_range_shift, self.input_range_shift_rest = (
-                _wide_zeros(range_, range_.numel()) for _ in range(2)
-            )
+            return
+        shift, fresh = self.input_range_shift, _wide_zeros(range_, self.ranges_here())
+        is_narrow = shift is not None and torch.promote_types(shift.dtype, fresh.dtype) != shift.dtype
+        if shift is None or is_narrow or (shift.shape, shift.device) != (fresh.shape, fresh.device):
+            self.input_range_shift, self.input_range_shift_rest = fresh, fresh.clone()
             self._is_shifted = False
             self._renew_tally()
 

@@ -282,6 +282,6 @@ class RangeStartup(RangeShift):
         if (residual.device, residual.dtype) == (range_.device, range_.dtype):
             residual.zero_()
         else:
-            self.input_range_residual = torch.zeros_like(range_)
+            self.input_range_residual = torch.zeros(self.ranges_here(), dtype=range_.dtype, device=range_.device)
         if self.rpu_config.pre_post.input_range.fast_mode and not range_.is_meta:
             self._mark_the_end()

@@ -14,6 +14,7 @@ from triton_analog.nn.outside import follow_or_refuse
 from triton_analog.nn.parts import cut_for, is_dtensor
 from triton_analog.nn.range_startup import RangeStartup
 from triton_analog.nn.settings import decode, encode
+from triton_analog.nn.split import RANGE_BUFFERS
 from triton_analog.nn.stored_weight import StoredWeight
 from triton_analog.nn.weight_noise import WeightNoise
 
@@ -36,6 +37,10 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
         name = prefix + "input_range"
         if name in destination:
             destination[name] = self._saved_range(destination[name])
+        if self.split is not None:
+            for name in (prefix + buffer for buffer in RANGE_BUFFERS):
+                if name in destination:
+                    destination[name] = self.split.saved(destination[name])
 
     def get_extra_state(self) -> Tensor:
         """The config as JSON in a ``uint8`` tensor, which every checkpoint format can hold."""
@@ -105,6 +110,10 @@ class SavedState(StoredWeight, RangeStartup, WeightNoise):
             return
         self._convert_counter(state_dict, prefix)
         cut_for(self, state_dict, prefix)
+        if self.split is not None:
+            for name in (prefix + buffer for buffer in RANGE_BUFFERS):
+                if name in state_dict:
+                    state_dict[name] = self.split.loaded(state_dict[name])
         names = "weight", "learnable_weight_clip"
         has_weight, has_clip = (self._comes_from_elsewhere(state_dict, prefix, name) for name in names)
         super()._load_from_state_dict(

@@ -22,7 +22,8 @@ def is_gathered(layer: nn.Module, name: str) -> bool:
 
 
 def own_part(layer: nn.Module, stepped: Tensor) -> slice:
-    """Which numbers of a vector with one for each slice belong to this rank's part of the ``DTensor`` ``stepped``."""
+    """Which numbers of a vector with one for each slice of ``layer`` (of its part, if it is split) belong to this rank's part of
+    the ``DTensor`` ``stepped``."""
     known = vars(layer).get("_range_part")
     if known is None or known[0] != id(stepped):
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -31,6 +32,7 @@ def own_part(layer: nn.Module, stepped: Tensor) -> slice:
         shape, offset = compute_local_shape_and_global_offset(
             distributed.shape, distributed.device_mesh, distributed.placements
         )
-        start = offset[0] if shape[0] else 0
+        split: Any = layer.split
+        start = offset[0] - (0 if split is None else split.first_slice) if shape[0] else 0
         known = vars(layer)["_range_part"] = (id(stepped), start, start + shape[0])
     return slice(known[1], known[2])

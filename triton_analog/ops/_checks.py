@@ -217,6 +217,18 @@ def wmax_shape(name: str, wmax: Tensor | None, slices: int, rows: int) -> None:
         )
 
 
+def slice_wmax(slice_wmax: Tensor | None, slices: int, weight: Tensor) -> None:
+    """One number per slice, in the dtype of the statistics of ``weight``."""
+    if slice_wmax is not None:
+        require(
+            shape_of(slice_wmax) == (slices, 1) and slice_wmax.dtype == wide_dtype(weight),
+            lambda: (
+                f"slice_wmax: got {slice_wmax.dtype} of shape {shape_of(slice_wmax)}; {wide_dtype(weight)} of shape "
+                f"({slices}, 1) is needed"
+            ),
+        )
+
+
 def range_rule(decay: float, input_min_percentage: float, decay_name: str = "decay") -> None:
     """The numbers of the learned range's gradient."""
     non_negative(decay_name, decay)

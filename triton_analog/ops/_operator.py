@@ -54,7 +54,6 @@ def _schema(
     types = {**_TYPES, **(types or {})}
     signature = inspect.signature(function)
     kinds: dict[str, str] = {}
-    last = list(signature.parameters.values())[-1]
     for parameter in signature.parameters.values():
         record = (records or {}).get(parameter.annotation)
         if record is not None:
@@ -66,10 +65,11 @@ def _schema(
         if parameter_name in mutates:
             kind = kind.replace("Tensor", f"Tensor({chr(ord('a') + mutates.index(parameter_name))}!)")
         # Only where Python takes the call: a kernel's launcher is called with every argument.
-        may_be_left_out = records is not None and parameter_name == last.name and last.default is None
+        given = signature.parameters.get(parameter_name)
+        may_be_left_out = records is not None and given is not None and given.default is None
         declared.append(f"{kind} {parameter_name}{'=None' * may_be_left_out}")
-    given = signature.return_annotation
-    result = types.get(given) or f"({given.removeprefix('tuple[').removesuffix(']')})"
+    returned = signature.return_annotation
+    result = types.get(returned) or f"({returned.removeprefix('tuple[').removesuffix(']')})"
     return f"{name}({', '.join(declared)}) -> {result}", kinds
 
 

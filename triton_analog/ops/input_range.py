@@ -181,9 +181,10 @@ def launch_input_range_grad(
     return dx, launch_range_grad(parts, input_range, M, K, decay, input_min_percentage, fast_mode)
 
 
-def _fake_grad(grad: Tensor, x: Tensor, slices: int) -> tuple[Tensor, Tensor]:
+def _fake_grad(grad: Tensor, x: Tensor, slices: int, decay: float, fast_mode: bool) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(slices, dtype=check.wide_dtype(x))
+    shape = (3, slices) if decay < 0 and not fast_mode else (slices,)
+    return dx, x.new_empty(shape, dtype=check.wide_dtype(x))
 
 
 _input_range_grad = Operator("input_range_grad", launch_input_range_grad, reference.input_range_grad, _fake_grad)

@@ -36,11 +36,12 @@ def _launch_tiles(
     std_dev: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    slice_wmax: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The weight that the tiles hold, in the forward and again in its backward, and ``wmax`` if it was found on the way."""
     if clip is None and quantization == "none" and (noise_type == "none" or std_dev <= 0):
         return weight.to(dtype), None
-    return launch_weight(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype)
+    return launch_weight(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype, slice_wmax)
 
 
 def _is_integer_product(inp_res: float, quantization: str, res: float, noise_type: str, std_dev: float) -> bool:
@@ -59,6 +60,7 @@ def launch_linear_forward(
     weight_seed: Tensor | None,
     tile_weight: Tensor | None,
     tile_wmax: Tensor | None,
+    slice_wmax: Tensor | None,
     slices: int,
     dynamic_range: bool,
     inp_res: float,
@@ -82,14 +84,18 @@ def launch_linear_forward(
     if w is None:
         modifier = weight_quantization, weight_res, weight_noise, weight_noise_std
         int8 = not needs_grad and inp_noise <= 0 and _is_integer_product(inp_res, *modifier)
-        w, wmax = _launch_tiles(weight, slices, clip, *modifier, weight_seed, torch.int8 if int8 else x.dtype)
+        kind = torch.int8 if int8 else x.dtype
+        w, found = _launch_tiles(weight, slices, clip, *modifier, weight_seed, kind, slice_wmax)
+        wmax = wmax if found is None else found
     if wmax is None and (out_noise > 0 or out_bound > 0):
         wmax = launch_absmax(weight, slices)
 
     def scale(wanted: bool, per_channel: bool) -> Tensor | None:
         if wmax is None or not wanted:
             return None
-        return wmax if per_channel else wmax.amax(1, keepdim=True)
+        if per_channel:
+            return wmax
+        return wmax.amax(1, keepdim=True) if slice_wmax is None else slice_wmax
 
     r = launch_absmax(rows, slices) if dynamic_range else input_range
     y, mask = launch_matmul(
@@ -144,6 +150,7 @@ def launch_linear_backward(
     seed: Tensor | None,
     weight_seed: Tensor | None,
     tile_weight: Tensor | None,
+    slice_wmax: Tensor | None,
     mask: Tensor | None,
     slices: int,
     inp_res: float,
@@ -156,6 +163,7 @@ def launch_linear_backward(
     decay: float,
     input_min_percentage: float,
     fast_mode: bool,
+    clips_gradient: bool,
     patches: Sequence[int] | None,
     input_shape: Sequence[int],
     bias_dtype: torch.dtype | None,
@@ -163,17 +171,18 @@ def launch_linear_backward(
     needs_weight: bool,
 ) -> list[Tensor]:
     rows = Patches.of(patches).unfold(x) if patches is not None and x.dtype != torch.int8 else x
-    static = input_range if input_range is not None and input_range.ndim == 1 else None
+    static = input_range if clips_gradient and input_range is not None and input_range.ndim == 1 else None
     rule, random = (decay, input_min_percentage, fast_mode), (inp_noise, inp_sto_round, seed)
     w = tile_weight
     if needs_input and w is None:
         modifier = weight_quantization, weight_res, weight_noise, weight_noise_std
-        w, _ = _launch_tiles(weight, slices, clip, *modifier, weight_seed, grad.dtype)
+        w, _ = _launch_tiles(weight, slices, clip, *modifier, weight_seed, grad.dtype, slice_wmax)
     if needs_input and needs_weight:
         assert w is not None
         dx, drange, dw, dbias = launch_matmul_backward(
-            grad, w, rows, clipped, input_range, slices, mask, *rule, inp_res, weight.dtype, bias_dtype, *random
-        )
+            grad, w, rows, clipped, input_range, slices, mask, *rule, inp_res, weight.dtype, bias_dtype, *random,
+            clips_gradient,
+        )  # fmt: skip
     elif needs_input:
         assert w is not None
         dx, drange, _ = launch_matmul_dgrad(grad, w, rows, clipped, static, slices, mask, *rule)
@@ -204,6 +213,7 @@ def _fake_backward(
     input_range: Tensor | None,
     clip: Tensor | None,
     decay: float,
+    clips_gradient: bool,
     input_shape: Sequence[int],
     bias_dtype: torch.dtype | None,
     needs_input: bool,
@@ -212,7 +222,7 @@ def _fake_backward(
     results = []
     if needs_input:
         results.append(grad.new_empty(input_shape))
-    if needs_input and input_range is not None and input_range.ndim == 1:
+    if needs_input and clips_gradient and input_range is not None and input_range.ndim == 1:
         results.append(empty_range_grad(input_range, decay))
     if needs_weight:
         results.append(torch.empty_like(weight, memory_format=torch.contiguous_format))

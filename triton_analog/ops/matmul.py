@@ -565,7 +565,8 @@ class _Matmul(Gradient):
         rule = 0.0, 1.0, False
         if (needs_x or needs_range) and (needs_weight or needs_bias):
             dx, dr, dw, dbias = _matmul_backward(
-                grad, weight, x, None, input_range, ctx.slices, mask, *rule, ctx.inp_res, dtype, bias_dtype, *ctx.random, seed
+                grad, weight, x, None, input_range, ctx.slices, mask, *rule, ctx.inp_res, dtype, bias_dtype, *ctx.random, seed,
+                True,
             )  # fmt: skip
         elif needs_x or needs_range:
             dx, dr, _ = _matmul_dgrad(grad, weight, x, None, static, ctx.slices, mask, *rule, -1.0, False)

@@ -35,10 +35,11 @@ def launch_matmul_backward(
     inp_noise: float = 0.0,
     inp_sto_round: bool = False,
     seed: Tensor | None = None,
+    clips_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if input_range is None and mask is None:  # then slices make no difference
         slices = 1
-    static = input_range if input_range is not None and input_range.ndim == 1 else None
+    static = input_range if clips_gradient and input_range is not None and input_range.ndim == 1 else None
     is_random = inp_noise > 0 or (
         inp_sto_round and x.dtype != torch.int8
     )  # then the converter's own pass draws it again
@@ -63,9 +64,10 @@ def _fake(
     decay: float,
     dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
+    clips_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (M, K), N = x.shape, weight.shape[0]
-    if input_range is not None and input_range.ndim == 1:
+    if clips_gradient and input_range is not None and input_range.ndim == 1:
         dr = empty_range_grad(input_range, decay)
     else:
         dr = grad.new_empty(0, dtype=check.wide_dtype(grad))
@@ -94,6 +96,7 @@ def matmul_backward(
     inp_noise: float = 0.0,
     inp_sto_round: bool = False,
     seed: Tensor | None = None,
+    clips_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`triton_analog.ops.matmul` in ``x [M, K]``, a static ``input_range [S]``, the weight ``[N, K]`` and the
     bias ``[N]``: those of :func:`triton_analog.ops.matmul_dgrad` and :func:`triton_analog.ops.matmul_wgrad`, with the
@@ -115,6 +118,8 @@ def matmul_backward(
         dtype: Of the weight's gradient; default that of ``grad``.
         bias_dtype: Of the bias's gradient; None leaves it out (no elements).
         inp_noise, inp_sto_round, seed: As in the forward.
+        clips_gradient: False leaves the input's gradient as it is behind the converter, where the range clips too, and the
+            range's gradient empty: parts of a product add theirs up first, for :func:`triton_analog.ops.input_range_grad`.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
@@ -127,7 +132,7 @@ def matmul_backward(
     check.range_rule(decay, input_min_percentage)
     check.input_converter(inp_res, input_range, grad)
     check.random_input(inp_noise, inp_sto_round, inp_res, input_range, seed)
-    if input_range is not None and input_range.ndim == 1:
+    if clips_gradient and input_range is not None and input_range.ndim == 1:
         check.clip_bits(x, clipped)
     check.require(
         x.dtype != torch.int8 or inp_res > 0,
@@ -135,5 +140,5 @@ def matmul_backward(
     )
     return _matmul_backward(
         grad, weight, x, clipped, input_range, slices, mask, decay, input_min_percentage, fast_mode, float(inp_res),
-        dtype or grad.dtype, bias_dtype, inp_noise, inp_sto_round, seed,
+        dtype or grad.dtype, bias_dtype, inp_noise, inp_sto_round, seed, clips_gradient,
     )  # fmt: skip

@@ -174,6 +174,7 @@ def launch_weight(
     std_dev: float,
     seed: Tensor | None,
     dtype: torch.dtype,
+    slice_wmax: Tensor | None = None,
     config: WeightConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     N, K = weight.shape
@@ -183,12 +184,13 @@ def launch_weight(
         SPACE, weight.device, weight.dtype, (N, width), (noise_type != "none", aligned(K, slices))
     )
     per_tensor = "per_tensor" in (quantization, noise_type)
-    maxima: Tensor | None = None
+    maxima: Tensor | None = slice_wmax.contiguous() if per_tensor and slice_wmax is not None else None
     if per_tensor and clip is None:
-        wmax, maxima = launch_absmax_and_maxima(weight, slices)
+        wmax, found = launch_absmax_and_maxima(weight, slices)
+        maxima = found if maxima is None else maxima
     else:
         wmax = torch.empty(slices, N, dtype=torch.float32, device=weight.device)
-    if per_tensor and clip is not None:
+    if per_tensor and maxima is None and clip is not None:
         maxima = launch_absmax(clip, 1).T
     P = 1 if maxima is None else maxima.shape[1]
     out = torch.empty(N, K, dtype=dtype, device=weight.device)
@@ -231,7 +233,7 @@ class _Weight(Gradient):
             weight, clip = ctx.saved_tensors
             grad, grad_clip = _weight_grad(grad, weight, clip, ctx.slices, ctx.quantization, ctx.res)
             grad_clip = grad_clip.to(clip.dtype)
-        return grad.to(ctx.dtype), None, grad_clip, *(None,) * 6
+        return grad.to(ctx.dtype), None, grad_clip, *(None,) * 7
 
 
 _weight.gradient = _Weight
@@ -263,6 +265,7 @@ def weight(
     std_dev: float = 0.0,
     seed: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    slice_wmax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weight as the tiles hold it, ``[N, K]``, and its scale ``wmax [S, N]`` (fp32). The argument is never changed.
 
@@ -281,6 +284,8 @@ def weight(
         seed: int64 tensor with one element, or that of a part of a weight (:func:`triton_analog.seeds.placed`); needed for noise:
             the same seed gives the same noise again.
         dtype: Of the result; default that of ``weight``. int8 needs a quantization to at most 254 states and no noise.
+        slice_wmax: ``[S, 1]``, fp32 (fp64 for fp64): each slice's largest ``wmax``, where ``weight`` has only some of the outputs
+            and ``"per_tensor"`` means all of them; None: that of ``weight``.
 
     Raises:
         TypeError, ValueError: dtypes, devices, shapes or numbers outside the above.
@@ -289,10 +294,11 @@ def weight(
     check.kind("noise_type", noise_type)
     check.non_negative("std_dev", std_dev)
     check.seed_given(seed, noise_type != "none" and std_dev > 0, "weight noise")
-    check.together("weight", weight, seed=seed)
+    check.together("weight", weight, seed=seed, slice_wmax=slice_wmax)
+    check.slice_wmax(slice_wmax, slices, weight)
     dtype = dtype or weight.dtype
     _check_dtype(dtype, quantization, res, noise_type if std_dev > 0 else "none")
-    return _weight(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype)
+    return _weight(weight, slices, clip, quantization, res, noise_type, std_dev, seed, dtype, slice_wmax)
 
 
 # ---- Gradient of the learned clip -----------------------------------------------------------------------------------

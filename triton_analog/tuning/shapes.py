@@ -24,10 +24,9 @@ class Layer(NamedTuple):
 MODELS = {
     "llama-8b": (Layer(4096, 4096), Layer(4096, 1024), Layer(4096, 14336), Layer(14336, 4096)),
     "phi-3-mini": (Layer(3072, 9216), Layer(3072, 3072), Layer(3072, 16384), Layer(8192, 3072)),
-    "llama-1b": (Layer(2048, 2048), Layer(2048, 512), Layer(2048, 8192), Layer(8192, 2048)),
     "smollm2-135m": (Layer(576, 576), Layer(576, 192), Layer(576, 1536), Layer(1536, 576)),
 }
-"""Distinct linear layers of a decoder block: Llama-3 8B, Phi-3-mini (its fused projections), Llama-3.2 1B, SmolLM2-135M."""
+"""Distinct linear layers of a decoder block: Llama-3 8B, Phi-3-mini (its fused projections), SmolLM2-135M."""
 
 ROWS = (2048, 8192)
 SLICE = 512

@@ -110,7 +110,8 @@ def input_range_grad(
     input_min_percentage: float = 0.95,
     fast_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients ``[M, K]`` of the input and ``[S]`` (``[3, S]`` with a negative ``decay``) of its range from ``grad [M, K]``, that of the clamped input."""
+    """Gradients ``[M, K]`` of the input and ``[S]`` of its range from ``grad [M, K]``, that of the clamped input; with a negative
+    ``decay`` the latter is ``[3, S]``, as :func:`input_range_grad_slice` gives it."""
     grads, range_grads = [], []
     for s, (g, x_s) in enumerate(zip(iter_slices(wide(grad), slices), iter_slices(wide(x), slices), strict=True)):
         r = input_range[s].to(x_s.dtype)

@@ -1,8 +1,10 @@
-"""A language model that no single device holds, trained with the hardware in the loop: torchrun, FSDP2, checkpoints in parts.
+"""A language model that no single device holds, trained with the hardware in the loop: torchrun, FSDP2, tensor parallelism,
+checkpoints in parts.
 
     torchrun --nproc-per-node 2 train.py                       a small model of random weights, on a CPU too
     torchrun --nproc-per-node 8 train.py --model meta-llama/Llama-3.1-8B --text my.txt --length 4096 --steps 1000
     torchrun --nproc-per-node 8 train.py ... --replicas 2      hybrid: two copies, each sharded over four ranks
+    torchrun --nproc-per-node 8 train.py ... --tp 2            each layer shared by two ranks, and sharded over four such pairs
 
 The same command goes on from the last checkpoint in --out, on as many ranks as there are then. What is trained is the recipe of
 Analog Foundation Models (arXiv 2505.09663): learned input ranges, 8-bit converters, weight noise and clip.
@@ -28,11 +30,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from triton_analog.config import TorchInferenceRPUConfig, WeightClipType, WeightNoiseInjectionType
 from triton_analog.convert import convert_to_analog
-from triton_analog.distributed import set_parallel
+from triton_analog.distributed import AnalogColwise, AnalogRowwise, set_parallel
 from triton_analog.optim import AnalogOptimizer, parameter_groups
 
 SMALL = LlamaConfig(
@@ -41,9 +44,10 @@ SMALL = LlamaConfig(
 )  # fmt: skip
 
 
-def recipe(start_up: int) -> TorchInferenceRPUConfig:
-    """``start_up``: batches that the input ranges learn from before the gradient moves them."""
+def recipe(start_up: int, tile: int) -> TorchInferenceRPUConfig:
+    """``start_up``: batches that the input ranges learn from before the gradient moves them; ``tile``: inputs of a tile."""
     config = TorchInferenceRPUConfig()
+    config.mapping.max_input_size = tile
     config.forward.inp_res = config.forward.out_res = 2**8 - 2
     config.forward.out_bound = 14.0
     config.modifier.noise_type, config.modifier.std_dev = WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL, 0.03
@@ -54,12 +58,23 @@ def recipe(start_up: int) -> TorchInferenceRPUConfig:
     return config
 
 
-def build(config: Any, start_up: int, mesh: Any, compiled: bool) -> Any:
-    """The sharded model, in the order that it takes: convert, (tensor parallelism,) compile, shard; then give it memory."""
+def split(block: Any, mesh: Any) -> None:
+    """Let the ranks of ``mesh`` share the matrices of a block: heads and hidden features, then the slices behind them."""
+    columns = [f"self_attn.{name}_proj" for name in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+    rows = ["self_attn.o_proj", "mlp.down_proj"]
+    plan = {name: AnalogColwise() for name in columns} | {name: AnalogRowwise() for name in rows}
+    parallelize_module(block, mesh, plan)
+
+
+def build(config: Any, start_up: int, tile: int, mesh: Any, tp: Any, compiled: bool) -> Any:
+    """The sharded model, in the order that it takes: convert, tensor parallelism, compile, shard; then give it memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model = convert_to_analog(model, recipe(start_up), exclude_modules=["lm_head"], inplace=True)
-    set_parallel(model, statistics=mesh)  # all ranks of the mesh see other data
+    model = convert_to_analog(model, recipe(start_up, tile), exclude_modules=["lm_head"], inplace=True)
+    if tp.size() > 1:
+        for block in model.model.layers:
+            split(block, tp)
+    set_parallel(model, statistics=mesh, tp=tp)  # all ranks of the mesh see other data
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if mesh.device_type == "cuda"
@@ -108,10 +123,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--start-up", type=int, default=4, help="batches that input ranges learn from (the paper: 500)")
     parser.add_argument("--length", type=int, default=64, help="tokens of a block")
-    parser.add_argument("--batch", type=int, default=4, help="blocks of a rank in a step")
+    parser.add_argument("--batch", type=int, default=4, help="blocks of a rank (of those that share layers) in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--save-every", type=int, default=10, help="steps")
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer (tensor parallelism)")
+    parser.add_argument("--tile", type=int, help="inputs of a tile (default: 512; 32 for the small model)")
     parser.add_argument("--compile", action="store_true", help="compile each block")
     parser.add_argument("--out", type=Path, default=Path("out/large_model"))
     options = parser.parse_args()
@@ -121,12 +138,17 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    shape = (options.replicas, ranks // options.replicas)
-    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
-    mesh = mesh["shard"] if options.replicas == 1 else mesh
+    shape = (options.replicas, ranks // options.replicas // options.tp, options.tp)
+    whole_mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard", "tp"))
+    mesh = whole_mesh["shard"] if options.replicas == 1 else whole_mesh["replicate", "shard"]
+    readers, reader = (
+        ranks // options.tp,
+        rank // options.tp,
+    )  # ranks that see other data, and which of them this one is
 
     config = SMALL if options.model is None else AutoConfig.from_pretrained(options.model)
-    model = build(config, options.start_up, mesh, options.compile)
+    tile = options.tile or (32 if options.model is None else 512)
+    model = build(config, options.start_up, tile, mesh, whole_mesh["tp"], options.compile)
     optimizer = AnalogOptimizer(
         torch.optim.AdamW, model.analog_layers, parameter_groups(model, weight_decay=0.01), lr=options.learning_rate
     )
@@ -143,9 +165,8 @@ def main() -> None:
     blocks = blocks[: len(blocks) // options.length * options.length].view(-1, options.length)
     model.train()
     for step in range(start, options.steps):
-        torch.manual_seed(
-            step * ranks + rank
-        )  # other data and other noise on each rank, and the same again after a resume
+        # Other data and other noise for each reader, and the same again after a resume.
+        torch.manual_seed(step * readers + reader)
         batch = blocks[torch.randint(len(blocks), (options.batch,))].to(device)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()

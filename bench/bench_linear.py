@@ -12,7 +12,7 @@ from triton_analog import reference
 from triton_analog.ops.linear import linear_backward, linear_forward
 
 EVERYTHING = (SLICES, False, 254.0, 0.0, False, 0.04, True, 10.0, True, 254.0, "none", 0.0, "per_channel", 0.02)
-BACKWARD = (SLICES, 254.0, 0.0, False, "none", 0.0, "per_channel", 0.02, 0.0, 0.95, False, None)
+BACKWARD = (SLICES, 254.0, 0.0, False, "none", 0.0, "per_channel", 0.02, 0.0, 0.95, False, True, None)
 
 
 def _operands(size: int, normal: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +23,7 @@ def _operands(size: int, normal: Callable[..., Tensor]) -> tuple[Tensor, Tensor,
 def bench_linear_forward(size: int, normal: Callable[..., Tensor], seed: Tensor, race: Race) -> None:
     """Everything on, with the weight that is disturbed on the way, against ``linear``."""
     x, w, r = _operands(size, normal)
-    arguments = (x, w, None, r, None, seed, seed, None, None, *EVERYTHING, "full", None, True)
+    arguments = (x, w, None, r, None, seed, seed, None, None, None, *EVERYTHING, "full", None, True)
     race(
         {
             "op": lambda: linear_forward(*arguments)[0],
@@ -39,8 +39,8 @@ def bench_linear_backward(size: int, normal: Callable[..., Tensor], seed: Tensor
     """All gradients, against the two products of ``linear``'s."""
     x, w, r = _operands(size, normal)
     grad = normal(size, size)
-    mask = reference.linear_forward(x, w, None, r, None, seed, seed, None, None, *EVERYTHING, "full", None, True)[1]
-    arguments = (grad, x, None, w, r, None, seed, seed, None, mask, *BACKWARD, list(x.shape), None, True, True)
+    _, mask = reference.linear_forward(x, w, None, r, None, seed, seed, None, None, None, *EVERYTHING, "full", None, True)
+    arguments = (grad, x, None, w, r, None, seed, seed, None, None, mask, *BACKWARD, list(x.shape), None, True, True)
     race(
         {
             "op": lambda: linear_backward(*arguments),

@@ -22,7 +22,7 @@ RUNS = {"bf16": tuple(TARGETS), "fp32": ("sm_86", "sm_90")}
 """Storage dtypes and their targets; sm_86 has the least shared memory of NVIDIA's. fp16 is compiled as bf16 is."""
 CASES = [(target, dtype) for dtype, targets in RUNS.items() for target in targets]
 MATMULS = {"matmul", "matmul_dgrad", "matmul_wgrad"}
-PRODUCTS = {f"{op}_kernel" for op in MATMULS}
+PRODUCTS = {f"{op}_{kind}" for op in MATMULS for kind in ("kernel", "pipeline_kernel")}
 
 MAY_SPILL = MATMULS
 """The only operations that do not keep everything in registers on every target."""

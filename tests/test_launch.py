@@ -332,7 +332,7 @@ ERRORS = [
     *rows(
         ops.noise,
         ((None, 1, 1), {}, ValueError, "seed: missing, but noise draws noise; pass an int64 tensor"),
-        ((ONE, 1, 1), {}, TypeError, "seed: got torch.float32 .* an int64 tensor with one element is needed"),
+        ((ONE, 1, 1), {}, TypeError, "seed: got torch.float32 .* an int64 tensor with one element, or .* needed"),
         ((COUNT, 1, 1), {}, TypeError, r"seed: got torch.int64 of shape \(2,\)"),
         ((SEED, -1, 1), {}, ValueError, r"rows: got -1; allowed are 0 to 2\*\*33"),
         ((SEED, 1, 2**34 + 1), {}, ValueError, r"cols: got \d+; allowed are 0 to 2\*\*34"),

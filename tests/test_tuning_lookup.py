@@ -426,6 +426,7 @@ def test_a_tuned_configuration_is_launched(places):
         "VALUES",
         "CONVERTED",
         "ALIGNED",
+        "PLACED",
     }
 
 

@@ -14,7 +14,7 @@ COLUMNS = 64
 ROWS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def add_parts_kernel(parts_ptr, out_ptr, P, size, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 WORKERS ?= -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-oldest test-peers test-deepspeed test-models bench bench-ops clean
+.PHONY: help demo recipe-small test test-oldest test-peers test-deepspeed test-models bench bench-ops clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -15,6 +15,9 @@ help:  ## list the targets
 demo: .venv/ready  ## train on handwritten digits and compare the accuracy under weight noise (DEMO_ARGS)
 	@echo "Training on handwritten digits, which come with scikit-learn: nothing is downloaded; about 15 seconds on two cores."
 	.venv/bin/python examples/digits.py $(DEMO_ARGS)
+
+recipe-small: .venv/models  ## train two blocks of SmolLM2 for an analog chip, start to end (ten minutes; downloads 180 MB)
+	cd examples/language_model && ../../.venv/bin/python run.py small --out ../../out/recipe-small
 
 test: .venv/ready  ## ruff, mypy and the tests (PYTEST_ARGS)
 	.venv/bin/ruff check
@@ -29,13 +32,14 @@ test-peers: .venv/peers  ## compare with AIHWKIT and AIHWKIT-Lightning, and trai
 	.venv/bin/python -m pytest $(WORKERS) tests/test_peers.py tests/test_export.py tests/test_import_aihwkit.py tests/test_readme.py \
 		tests/test_transformers.py tests/test_transformers_experts.py tests/test_nn_hf_conv1d.py tests/test_nn_experts.py \
 		tests/test_peft.py tests/test_accelerate.py tests/test_noise_models.py \
-		tests/test_read_noise.py tests/test_chips_peers.py
+		tests/test_read_noise.py tests/test_chips_peers.py tests/test_language_model.py
 
 test-deepspeed: .venv/deepspeed  ## train with DeepSpeed on two processes (needs a C++ compiler)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/test_deepspeed.py tests/test_deepspeed_ranges.py
 
-test-models: .venv/models  ## convert, run, save and export SmolLM2 and MiniLM (downloads 180 MB; some minutes)
+test-models: .venv/models  ## convert, run, save and export SmolLM2 and MiniLM, and a short recipe (downloads 180 MB; some minutes)
 	.venv/bin/python -m pytest -s tests/test_real_models.py
+	cd examples/language_model && ../../.venv/bin/python run.py check --out ../../out/recipe-check
 
 bench: .venv/peers  ## race layers, models and operations against the peers, measure the host (BENCH_ARGS)
 	.venv/bin/python -m bench run $(BENCH_ARGS)

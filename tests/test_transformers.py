@@ -319,7 +319,7 @@ def test_a_digital_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--digital"]], ids=["analog", "digital"])
 def test_the_example_trains_a_language_model(arguments: list[str], tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "examples" / "language_model" / "train.py"
+    script = Path(__file__).parent.parent / "examples" / "trainer" / "train.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, script, "--steps", "3", "--length", "256", "--out", tmp_path / "model", *arguments],

@@ -39,7 +39,9 @@ def bench_linear_backward(size: int, normal: Callable[..., Tensor], seed: Tensor
     """All gradients, against the two products of ``linear``'s."""
     x, w, r = _operands(size, normal)
     grad = normal(size, size)
-    _, mask = reference.linear_forward(x, w, None, r, None, seed, seed, None, None, None, *EVERYTHING, "full", None, True)
+    _, mask = reference.linear_forward(
+        x, w, None, r, None, seed, seed, None, None, None, *EVERYTHING, "full", None, True
+    )
     arguments = (grad, x, None, w, r, None, seed, seed, None, None, mask, *BACKWARD, list(x.shape), None, True, True)
     race(
         {

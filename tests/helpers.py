@@ -16,6 +16,7 @@ from torch import Tensor
 
 from triton_analog import reference
 from triton_analog.testing.accuracy import TIE, allowed_error, may_flip, near_tie
+from triton_analog.tuning.processes import run_in_processes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -317,3 +318,14 @@ def results_of_ranks(one_rank: Callable[..., None], ranks: int, *given: Any) -> 
         results = manager.dict()
         torch.multiprocessing.spawn(one_rank, (port, *given, results), nprocs=ranks)
         return dict(results)
+
+
+def in_a_compilers_process(function, *items):
+    """``function`` of each of ``items``, where Triton compiles: this process may run the interpreter, which changes Triton."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        results = run_in_processes(function, items, jobs=2)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results

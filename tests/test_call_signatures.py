@@ -168,8 +168,19 @@ SAME_NUMBERS = {
 """Changes of memory and shape alone."""
 
 
+NUMBERS_OF_THE_CONFIG = {
+    "out_res", "out_bound", "out_noise", "out_noise off", "out_noise_per_channel", "std_dev", "noise_type", "noise off", "decay",
+    "input_min_percentage", "fast_mode", "another section", "another config", "a frozen layer", "other inputs", "another weight",
+    "a weight changed in place", "a range changed in place",
+}  # fmt: skip
+"""Changes that reach kernels as "inp_res" does, or not at all: they are seen with the reference."""
+CASES = [(name, "reference") for name in CHANGES] + [
+    (name, "kernel") for name in CHANGES if name not in NUMBERS_OF_THE_CONFIG
+]
+
+
 @needs_interpreter
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(("name", "backend"), CASES)
 def test_a_changed_layer_computes_as_a_new_one(name, backend, device):
     layer = AnalogLinear(FEATURES, OUTPUTS, rpu_config=config()).to(device)
     x = torch.randn(ROWS, FEATURES, device=device).requires_grad_()

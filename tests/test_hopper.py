@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from helpers import seed_of
+from helpers import in_a_compilers_process, seed_of
 from triton.backends.nvidia.compiler import get_ptxas
 
 from triton_analog.launch import hardware
@@ -75,16 +75,24 @@ COMPILED = {f"product, {name}": lambda options=options: launched(**options) for 
 }
 
 
-@pytest.fixture(scope="module", params=COMPILED.values(), ids=COMPILED)
-def compiled_kernel(request):
-    (launch,) = [one for one in record(request.param, "sm_90") if "pipeline" in one.kernel.__name__]
-    return compile_launch(launch, "sm_90")
+def compiled(name):
+    """PTX and machine code."""
+    (launch,) = [one for one in record(COMPILED[name], "sm_90") if "pipeline" in one.kernel.__name__]
+    asm = compile_launch(launch, "sm_90").asm
+    return asm["ptx"], asm["cubin"]
 
 
-def test_products_of_the_kernel_are_asynchronous(compiled_kernel, tmp_path):
+@pytest.fixture(scope="module")
+def compiled_kernels():
+    return dict(zip(COMPILED, in_a_compilers_process(compiled, *COMPILED), strict=True))
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_products_of_the_kernel_are_asynchronous(compiled_kernels, name, tmp_path):
     """ptxas says so (C7510 and following) where it has to wait for every product."""
+    ptx, _ = compiled_kernels[name]
     source = tmp_path / "kernel.ptx"
-    source.write_text(compiled_kernel.asm["ptx"])
+    source.write_text(ptx)
     said = subprocess.run(
         [get_ptxas(90).path, "-arch=sm_90a", "-v", source, "-o", tmp_path / "kernel.cubin"], capture_output=True, text=True
     )  # fmt: skip
@@ -93,9 +101,11 @@ def test_products_of_the_kernel_are_asynchronous(compiled_kernel, tmp_path):
     assert "C75" not in said.stderr
 
 
-def test_nothing_is_spilled_while_a_product_of_the_kernel_runs(compiled_kernel, tmp_path):
+@pytest.mark.parametrize("name", COMPILED)
+def test_nothing_is_spilled_while_a_product_of_the_kernel_runs(compiled_kernels, name, tmp_path):
+    _, machine_code = compiled_kernels[name]
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled_kernel.asm["cubin"])
+    cubin.write_bytes(machine_code)
     sass = subprocess.run([_cuda_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
     loops = re.findall(r"HGMMA(?:(?!gsb0, 0x0).)*?DEPBAR\.LE gsb0, 0x1", sass, re.DOTALL)
     assert len(loops) in (2, 3), "one loop for each consumer"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers import in_a_compilers_process
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_analog.launch.occupancy import occupancy
@@ -281,17 +282,6 @@ def compile_descriptor_matmul(target):
     compiled = inspector.compile_launch(descriptor_matmul(), target)
     assembly = compiled.asm["ptx"] if "ptx" in compiled.asm else compiled.asm["amdgcn"]
     return dict(compiled.src.signature), "cp.async.bulk.tensor" in assembly, inspector.measure(compiled, target)
-
-
-def in_a_compilers_process(function, *items):
-    """This process may run the interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        results = inspector.run_in_processes(function, items, jobs=2)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 def test_descriptors_and_tuples_compile_as_triton_would_launch_them():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
 
 import pytest
 import torch
@@ -287,10 +286,10 @@ def shipped_kernels(gpu, op):
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not NEWEST, reason="older compilers need a few registers more")
 def test_shipped_products_do_not_spill_on_hopper(compiling):
-    kernels = [kernel for op in static.PRODUCTS for kernel in shipped_kernels("NVIDIA H200", op)]
-    random.Random(0).shuffle(kernels)
-    kernels = kernels[:12]
-    assert Counter(kernel.op for kernel in kernels).keys() == set(static.PRODUCTS)
+    chance = random.Random(0)
+    kernels = [
+        kernel for op in static.PRODUCTS for kernel in chance.sample(list(shipped_kernels("NVIDIA H200", op)), 2)
+    ]
     for kernel, numbers in zip(kernels, run_in_processes(compile_kernel, kernels, 2), strict=True):
         assert isinstance(numbers, Compiled), (kernel, numbers)
         # A pipeline spills what it needs once in a slice (see test_compile).

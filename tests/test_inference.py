@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import needs_interpreter
@@ -183,7 +184,92 @@ def test_the_model_stays_as_it_was():
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert torch.equal(model.eval()(x), outputs)
-    assert all(a is b for a, b in zip(chip.model.parameters(), model.parameters(), strict=True))
+    pairs = list(zip(chip.model.parameters(), model.parameters(), strict=True))
+    assert all((a.data_ptr() == b.data_ptr()) == (b.ndim > 1) for a, b in pairs)  # matrices are in the same memory
+    assert not any(a.requires_grad for a, _ in pairs)
+
+
+DONE_TO_A_CHIP = {
+    "half": lambda chip: chip.model.half(),
+    "double": lambda chip: chip.model.double(),
+    "set_input_range": lambda chip: chip.model[0].set_input_range(chip.model[0].input_range * 2),
+    "a bias": lambda chip: chip.model[0].bias.data.zero_(),
+    "backward": lambda chip: chip(inputs().requires_grad_()).sum().backward(),
+}
+
+
+@pytest.mark.parametrize("name", DONE_TO_A_CHIP)
+def test_what_is_done_to_the_model_on_a_chip_does_not_reach_the_one_it_was_made_of(name):
+    model, x = network(), inputs()
+    before, output = copy.deepcopy(model.state_dict()), model(x)
+    DONE_TO_A_CHIP[name](program(model, PCM).drift_to(DAY))
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) and after[key].dtype == value.dtype for key, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model(x), output)
+
+
+def test_what_is_done_to_the_model_does_not_reach_its_chip():
+    model, x = network(), inputs()
+    chip = program(model, PCM).drift_to(DAY)
+    output = chip(x)
+    with torch.no_grad():
+        model[0].bias.fill_(7.0)
+        model[0].input_range.fill_(0.1)
+    model.double()
+    assert torch.equal(chip(x), output)
+    assert torch.equal(chip.drift_to(1.0).drift_to(DAY)(x), output)
+
+
+@pytest.mark.parametrize("name", ["time", "seed", "noise_model"])
+def test_what_a_chip_is_cannot_be_assigned(name):
+    chip = program(network(), PCM, seed=np.int64(3))
+    assert (chip.time, chip.seed, chip.noise_model) == (None, 3, PCM)
+    with pytest.raises(AttributeError):
+        setattr(chip, name, 1)
+
+
+def test_a_model_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        model, x = network(), inputs()
+        calibrate_input_ranges(model, InputRangeCalibrationType.MAX, [x], verbose=False)
+        wanted = program(model, PCM).drift_to(DAY)(x)
+        clipped = convert_to_analog(nn.Linear(16, 4), config(clip__type=WeightClipType.LEARNABLE_PER_CHANNEL))
+        clipped(x[:, :16])
+    with torch.no_grad():
+        assert torch.equal(program(model, PCM).drift_to(DAY)(x.clone()), wanted)
+
+
+def test_a_metric_may_be_infinite_or_no_number_on_some_chips(tmp_path):
+    given = iter([1.0, math.inf, 2.0, 3.0, math.nan])
+    found = evaluate(network(), lambda model: next(given), noise_model=PCM, times=(1.0, DAY), seeds=2, verbose=False)
+    assert found.values[0] == (math.inf, 2.0)
+    assert found.values[1][0] == 3.0
+    assert found.means == pytest.approx((math.inf, math.nan), nan_ok=True)
+    assert all(map(math.isnan, found.deviations))
+    assert "after 1 s" in str(found)
+    assert "inf +- nan" in str(found)
+    read = json.loads(found.to_json(), parse_constant=pytest.fail)
+    assert read["values"] == [[None, 2.0], [3.0, None]]
+    found.plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_times_must_differ():
+    with pytest.raises(ValueError, match=r"times: got \(1.0, 1.0\); each must be another"):
+        evaluate(network(), lambda model: np.array([1.0]), noise_model=PCM, times=(1.0, 1.0), verbose=False)
+
+
+def test_the_model_on_a_chip_takes_no_other_weights():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    chip = program(model, PCM)
+    with pytest.raises(ValueError, match="a chip loads nothing"):
+        chip.model.load_state_dict({name: 2 * value for name, value in before.items()})
+    with pytest.raises(ValueError, match="on a simulated chip"):
+        chip.model[0].reset_parameters()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    model.load_state_dict(before)
 
 
 def test_a_larger_scale_for_columns_with_small_weights_is_more_exact():

@@ -90,7 +90,8 @@ def calibrate_input_ranges(
             is left out, for ``model(x)``; a mapping, alone or as the first, for ``model(**mapping)``; or the pair
             ``(args, kwargs)``, a tuple or list and a mapping, for ``model(*args, **kwargs)``. With ``forward`` anything.
             Tensors must be where the model wants them. In a process group every rank has its own and must call this: the
-            ranges come from what all of them see (``layer.process_group``: by default every rank,
+            ranges come from what all of them see, in MOVING_* kinds as if one process saw the ranks' batches in turn
+            (``layer.process_group``: by default every rank,
             :func:`triton_analog.distributed.set_parallel` chooses others), so that they end alike.
         quantile: For the ``*_QUANTILE`` kinds, in ``0 < quantile <= 1``.
         max_samples: Rows that ``CACHE_QUANTILE`` keeps per layer, ``>= 1``: all rows, or so many drawn with torch's

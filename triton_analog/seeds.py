@@ -18,13 +18,14 @@ def set_noise_rank(rank: int | None) -> None:
     common. ``set_noise_rank(0)`` on every rank is the same noise everywhere, and what one process alone draws.
 
     Args:
-        rank: The number, ``>= 0``. None, the default: the rank in the world where ``torch.distributed`` is initialised, else 0.
+        rank: The number, ``>= 0`` and below ``2**63``. None, the default: the rank in the world where ``torch.distributed`` is
+            initialised, else 0.
 
     Raises:
         ValueError: ``rank`` is something else.
     """
     global _chosen
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < 2**63):
         raise ValueError(
             f"rank: got {rank!r}; the number of this process among data-parallel replicas is needed, 0 for the same noise "
             "everywhere, or None for the rank in the world"

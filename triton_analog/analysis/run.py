@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def analyze(
         verbose: Show a progress bar, if the package ``tqdm`` is installed.
 
     Warns:
-        UserWarning: no batch reached some layers; what is known of these is the kurtosis.
+        UserWarning: no batch reached some layers; what is known of these is the kurtosis. Or what some layers computed was
+            infinite or no number, which says nothing about tiles.
 
     Raises:
         TypeError: ``model``, ``batches``, ``forward`` or a batch is something else.
@@ -97,6 +99,15 @@ def analyze(
         warnings.warn(
             f"analyze: no batch reached {len(unseen)} analog layer(s): {names_of(unseen)}. If their parents read the weights "
             "instead of calling them, leave them digital with exclude_modules.",
+            stacklevel=2,
+        )
+    infinite = [
+        name for name, own in zip(counts, collected, strict=True) if name not in unseen and not isfinite(own[-2])
+    ]
+    if infinite:
+        warnings.warn(
+            f"analyze: {len(infinite)} analog layer(s) computed infinite numbers or NaN: {names_of(infinite)}; their shares and "
+            "ratios say nothing. Look for the first of them, and at the batches.",
             stacklevel=2,
         )
     found = zip(counts.items(), collected, strict=True)

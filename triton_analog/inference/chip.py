@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from triton_analog.nn.matrix import AnalogMatrixLayer
 from triton_analog.nn.parts import is_dtensor, is_sharded, refuse_parts_but_rows, rows_here, whole
 from triton_analog.nn.programmed import ProgrammedTile
 from triton_analog.nn.read_noise import largest_of_slices
+from triton_analog.nn.versions import version_of
 from triton_analog.nn.weight_noise import TILE_SETTINGS
 
 ReadNoise = Literal["time", "forward"]
@@ -40,9 +42,10 @@ def program(
 ) -> Chip:
     """Program the analog layers of ``model`` into a chip, and give the model that computes on it.
 
-    ``model`` is left as it is. The chip has its own buffers and tiles and is in evaluation mode; parameters are those of
-    ``model`` itself, not copies, and must not change while the chip is in use. Digital layers stay what they are, and layers
-    that share a weight share its tile. The same seed is the same chip, on every backend.
+    ``model`` is left as it is, and what is done to it afterwards (casts, moves, a training step of its biases) does not reach the
+    chip, which is in evaluation mode and has its own tiles, buffers, biases and input ranges. Only matrices are in the memory of
+    ``model``'s, and must not be changed in place while the chip is in use. Digital layers stay what they are, and layers that
+    share a weight share its tile. The same seed is the same chip, on every backend.
 
     A model that ``fully_shard`` (FSDP2) has sharded cannot be copied: it is on the chip itself, until :meth:`Chip.release`. All
     ranks program the same chip together, weight after weight, each keeps its rows of every tile, and each forward
@@ -51,7 +54,7 @@ def program(
     Args:
         model: Converted, calibrated or trained here.
         noise_model: Of its devices.
-        seed: Of the chip, any int.
+        seed: Of the chip, any whole number.
         compensation: Of the drift: ``"global"`` scales what a tile gives by one number, ``"per_column"`` by one for each of its
             outputs, both digitally and behind the ADC; ``"none"`` leaves it.
         per_channel: Whether the largest weight of each output of a tile takes a device's largest conductance, as AIHWKIT's
@@ -83,8 +86,8 @@ def check_programmable(
         raise TypeError(
             f"noise_model: got {noise_model!r}; an object is needed, such as triton_analog.inference.PCMLikeNoiseModel()"
         )
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: got {seed!r}; an int is needed")
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise TypeError(f"seed: got {seed!r}; a whole number is needed")
     if compensation not in COMPENSATIONS:
         near = did_you_mean(str(compensation), COMPENSATIONS, "", lead="; ")
         raise ValueError(f"compensation: got {compensation!r}; allowed are {', '.join(map(repr, COMPENSATIONS))}{near}")
@@ -129,10 +132,6 @@ class Chip(nn.Module):
 
     model: nn.Module
     """The model on the chip. Tools that ask for its class take this."""
-    noise_model: NoiseModel
-    seed: int
-    time: float | None
-    """Seconds since the end of programming; None until :meth:`drift_to`, when nothing has been read yet."""
 
     def __init__(
         self,
@@ -144,14 +143,15 @@ class Chip(nn.Module):
         read_noise: ReadNoise,
     ) -> None:
         super().__init__()
-        self.noise_model, self.seed, self.time = noise_model, seed, None
+        self._noise_model, self._seed, self._time = noise_model, int(seed), None
         self.model = model if is_sharded(model) else _copy(model).eval()
         self.training = False
         self._cells: list[_Cells] = []
         self._modes = [(module, module.training) for module in model.modules()] if self.model is model else []
+        self._loads_nothing = self.model.register_load_state_dict_pre_hook(_refuse_to_load)
         known: dict[Any, list[_Cells]] = {}
         layers = dict(_layers(self.model))
-        seeds = _seeds_of(seed, [layer.weight.device for layer in layers.values()])
+        seeds = _seeds_of(self.seed, [layer.weight.device for layer in layers.values()])
         tiles: list[tuple[AnalogMatrixLayer, ProgrammedTile]] = []
         for (name, layer), own in zip(layers.items(), seeds, strict=True):
             source = layer.weight_source
@@ -167,6 +167,21 @@ class Chip(nn.Module):
         self.model.eval()
         for layer, tile in tiles:
             layer.programmed = tile
+
+    @property
+    def noise_model(self) -> NoiseModel:
+        """Of the chip's devices."""
+        return self._noise_model
+
+    @property
+    def seed(self) -> int:
+        """Of the chip."""
+        return self._seed
+
+    @property
+    def time(self) -> float | None:
+        """Seconds since the end of programming; None until :meth:`drift_to`, when nothing has been read yet."""
+        return self._time
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives on the chip."""
@@ -203,12 +218,12 @@ class Chip(nn.Module):
         raise ValueError("a chip stays where it was made, in its dtype: move or cast the model, and program that")
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, as parameters are those of the model.
+        """Refused, as the memory of matrices is the model's; by :attr:`model` too.
 
         Raises:
             ValueError: always.
         """
-        raise ValueError("state_dict: a chip loads nothing; load into the model that it was made of, and program that")
+        _refuse_to_load()
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Refused, as parameters are those of the model.
@@ -234,6 +249,7 @@ class Chip(nn.Module):
     def release(self) -> None:
         """Give back the memory of the tiles; the chip is then no more. A sharded model, which was on the chip itself, is again
         what it was."""
+        self._loads_nothing.remove()
         for _, layer in _layers(self.model):
             layer.programmed = None
         for module, mode in self._modes:
@@ -254,7 +270,11 @@ class Chip(nn.Module):
             if device not in curves:
                 curves[device] = host.to(device)
             cells.set(curves[device], arguments, first=time is None)
-        self.time = time
+        self._time = time
+
+
+def _refuse_to_load(*_: Any) -> None:
+    raise ValueError("state_dict: a chip loads nothing; load into the model that it was made of, and program that")
 
 
 class _Cells:
@@ -273,7 +293,7 @@ class _Cells:
         with whole(layer.parameter_slots(), write=False):
             wanted, self.wmax, self.scale = _wanted(layer)
         self._source = layer.weight_source
-        self._version = 0 if self._source is None else self._source._version
+        self._version = 0 if self._source is None else version_of(self._source)
         self._wanted = None if is_dtensor(self._source) else wanted  # whole only while it is programmed
         if not per_channel:
             self.scale = largest_of_slices(self.scale, layer.groups)
@@ -284,12 +304,12 @@ class _Cells:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have another parameter, which counts its changes anew."""
-        return vars(self) | {"_version": self._version - (0 if self._source is None else self._source._version)}
+        return vars(self) | {"_version": self._version - (0 if self._source is None else version_of(self._source))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._source is not None:
-            self._version += self._source._version
+            self._version += version_of(self._source)
 
     def check(self) -> None:
         """The weight is what it was when it was programmed.
@@ -297,7 +317,7 @@ class _Cells:
         Raises:
             ValueError: it was changed.
         """
-        if self._source is not None and self._source._version != self._version:
+        if self._source is not None and version_of(self._source) != self._version:
             raise ValueError(
                 f"time: the weight of {self.name!r} was changed since it was programmed; program the model again"
             )
@@ -322,10 +342,8 @@ class _Cells:
                 assert self.baseline is not None
                 gain = self.baseline / now
                 scale_slices(tile, gain)
-                wmax, scale = (
-                    wmax * gain,
-                    scale * gain,
-                )  # also the bound of the ADC, so that its integers stay what they are
+                # The bound of the ADC too, so that its integers stay what they are.
+                wmax, scale = wmax * gain, scale * gain
         reads_again = self.read_noise == "forward" and arguments.get("read", 0.0) > 0
         held = tile if self._wanted is not None else rows_here(tile, self._source)
         self.tile.fill(held, wmax, scale, partial(make, gain=gain) if reads_again else None)
@@ -353,16 +371,26 @@ def _seeds_of(seed: int, devices: Sequence[torch.device]) -> list[Tensor]:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that shares what evaluation does not change: parameters, and what analog layers have beside them."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    """A copy of ``model`` that shares the memory of its matrices, and what analog layers have beside tensors."""
+    memo: dict[int, Any] = {id(parameter): _own(parameter) for parameter in model.parameters()}
     for _, layer in _layers(model):
-        kept = (*layer._buffers.values(), layer._checked, layer._of_modes)
-        memo.update((id(one), one) for one in kept if one is not None)
+        memo.update((id(one), one) for one in (layer._checked, layer._of_modes) if one is not None)
     for module in model.modules():  # a dozen in each, which are copied far more slowly than made
         memo.update(
             (id(hooks), OrderedDict()) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks
         )
     return copy.deepcopy(model, memo)
+
+
+def _own(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter that is not trained, and not cast or moved with ``parameter``: a matrix in its memory, what is smaller in its
+    own. Other kinds of parameters, as of quantized models, know their own business and are shared."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    held = parameter.detach()
+    own = nn.Parameter(held if parameter.ndim > 1 else held.clone(), requires_grad=False)
+    vars(own).update(vars(parameter))
+    return own
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, AnalogMatrixLayer]]:

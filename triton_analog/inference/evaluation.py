@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from math import isfinite, nan, prod
 from numbers import Integral, Real
-from statistics import fmean, stdev
+from statistics import stdev
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,17 +43,18 @@ class Evaluation:
 
     @property
     def means(self) -> tuple[float, ...]:
-        """Over the chips, after each time."""
-        return tuple(fmean(values) for values in zip(*self.values, strict=True))
+        """Over the chips, after each time; infinite or NaN where a chip's metric is."""
+        return tuple(sum(values) / len(values) for values in zip(*self.values, strict=True))
 
     @property
     def deviations(self) -> tuple[float, ...]:
-        """From chip to chip, after each time (unbiased; 0 for one chip)."""
-        return tuple(stdev(values) if len(values) > 1 else 0.0 for values in zip(*self.values, strict=True))
+        """From chip to chip, after each time (unbiased; 0 for one chip); NaN where a chip's metric is not finite."""
+        return tuple(map(_deviation, zip(*self.values, strict=True)))
 
     def to_json(self) -> str:
-        """Everything, with means and deviations, as JSON."""
-        return json.dumps(asdict(self) | {"means": self.means, "deviations": self.deviations}, indent=1)
+        """Everything, with means and deviations, as JSON; null where a number is infinite or NaN, which JSON does not know."""
+        found = asdict(self) | {"means": self.means, "deviations": self.deviations}
+        return json.dumps(_as_json(found), indent=1, allow_nan=False)
 
     def __str__(self) -> str:
         """A table: mean and deviation over the chips after each time."""
@@ -75,13 +78,29 @@ class Evaluation:
         axes.axhline(self.ideal, color="gray", linestyle="--", label="without a chip")
         for values in self.values:
             axes.plot(at, values, color="C0", alpha=0.2, linewidth=0.8)
-        axes.errorbar(at, self.means, self.deviations, color="C0", marker="o", capsize=3, label="mean of the chips")
+        # A mean without a deviation, which NaN is, keeps its point.
+        spread = [deviation if isfinite(deviation) else 0.0 for deviation in self.deviations]
+        axes.errorbar(at, self.means, spread, color="C0", marker="o", capsize=3, label="mean of the chips")
         axes.set_xscale("log")
         axes.set_xticks(at, [duration(time) for time in self.times])
         axes.set_xlabel("time since programming")
         axes.set_ylabel(self.metric)
         axes.legend()
         figure.savefig(path, dpi=150)
+
+
+def _deviation(values: tuple[float, ...]) -> float:
+    if len(values) < 2:
+        return 0.0
+    return stdev(values) if all(map(isfinite, values)) else nan
+
+
+def _as_json(found: Any) -> Any:
+    if isinstance(found, float):
+        return found if isfinite(found) else None
+    if isinstance(found, (list, tuple)):
+        return [_as_json(one) for one in found]
+    return {name: _as_json(one) for name, one in found.items()} if isinstance(found, dict) else found
 
 
 def evaluate(
@@ -100,7 +119,7 @@ def evaluate(
 
     Args:
         model: With analog layers; it is left as it is. It is in evaluation mode while its own metric is taken.
-        metric: A function of a model that gives one number, also as a tensor: accuracy, loss, perplexity.
+        metric: A function of a model that gives one number, also as a tensor or an array: accuracy, loss, perplexity.
         noise_model: Of the devices.
         times: Seconds since the end of programming.
         seeds: Of the chips, or their number.
@@ -110,7 +129,8 @@ def evaluate(
 
     Raises:
         TypeError: ``metric`` gives no number, or an argument is something else.
-        ValueError: ``model`` has no analog layers, or a time is not one that ``noise_model`` knows. Both before anything runs.
+        ValueError: ``model`` has no analog layers, or a time is not one that ``noise_model`` knows, or there twice. All before
+            anything runs.
     """
     chosen = _seeds(seeds)
     if isinstance(times, str) or not isinstance(times, Iterable):
@@ -123,6 +143,8 @@ def evaluate(
     check_programmable(model, noise_model, chosen[0], compensation, per_channel, read_noise)
     for time in times:
         noise_model.check_time(time)
+    if len(set(times)) < len(times):
+        raise ValueError(f"times: got {times}; each must be another, as equal times are the same reading")
     ideal = _ideal(model, metric)
     values: list[tuple[float, ...]] = []
     with _progress(len(chosen) * len(times), verbose) as bar:
@@ -191,7 +213,7 @@ def _ideal(model: nn.Module, metric: Metric) -> float:
 def _number(metric: Metric, model: Chip | nn.Module) -> float:
     with torch.no_grad():
         found = metric(model)
-    if isinstance(found, Tensor) and found.numel() == 1:
+    if isinstance(found, (Tensor, np.ndarray)) and prod(found.shape) == 1:
         found = found.item()
     if isinstance(found, bool) or not isinstance(found, Real):
         raise TypeError(f"metric: it gave {found!r}; one number is needed, such as an accuracy")

@@ -152,12 +152,14 @@ class NoiseModel(ABC):
         """``time`` is one that the model knows.
 
         Raises:
-            ValueError: it is before the end of programming, not finite, or not one of :attr:`times`.
+            ValueError: it is before the end of programming, 1e30 s or more, or not one of :attr:`times`.
         """
         is_number = isinstance(time, Real) and not isinstance(time, bool)
         ok = is_number and 0 <= time < MOST_SECONDS
         if not ok:
-            raise ValueError(f"time: got {time!r}; seconds since the end of programming are needed, >= 0")
+            raise ValueError(
+                f"time: got {time!r}; seconds since the end of programming are needed, >= 0 and < {MOST_SECONDS:g}"
+            )
         if self.times and time not in self.times:
             raise ValueError(
                 f"time: got {time!r}; {type(self).__name__} was measured at {', '.join(f'{t:g}' for t in self.times)} s alone"

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from triton_analog.nn.versions import version_of
+
 Slot = tuple[nn.Module, str]
 """A module, and the name of a parameter of its own."""
 
@@ -165,7 +167,7 @@ def whole(slots: Iterable[Slot], write: bool, of_first: bool = False) -> Iterato
     parameters = [parameter for parameter in found.values() if not parameter.is_meta]
     with torch.no_grad(), gathered(parameters, write):
         fulls = {id(p): nn.Parameter(_gather(p), p.requires_grad) for p in parameters if is_dtensor(p)}
-        seen = {id(p): fulls.get(id(p), p)._version for p in parameters}
+        seen = {id(p): version_of(fulls.get(id(p), p)) for p in parameters}
         try:
             for module, name in slots:
                 module._parameters[name] = fulls.get(id(module._parameters[name]), module._parameters[name])
@@ -177,7 +179,7 @@ def whole(slots: Iterable[Slot], write: bool, of_first: bool = False) -> Iterato
         if write:
             for parameter in parameters:
                 full = fulls.get(id(parameter), parameter)
-                if full._version != seen[id(parameter)]:
+                if version_of(full) != seen[id(parameter)]:
                     _store(parameter, full.detach(), of_first)
 
 

@@ -15,6 +15,7 @@ from triton_analog.nn.parts import refuse_flat
 from triton_analog.nn.range_shift import RangeShift
 from triton_analog.nn.ranks import is_paused, is_trial, refuse_unsaid_group
 from triton_analog.nn.settings import constant
+from triton_analog.nn.versions import version_of
 from triton_analog.ops._transforms import is_transforming
 from triton_analog.ops.input_range import recomputing
 
@@ -163,7 +164,7 @@ class RangeStartup(RangeShift):
             self._shift_to(apart)
         host_counts = not (compiling or _is_stand_in(self.input_range))
         if host_counts:
-            self._counter_version = self.input_range_update_idx._version
+            self._counter_version = version_of(self.input_range_update_idx)
             if rows.numel() > 0 or group is not None:
                 self._forwards_seen += 1
         if not host_counts or self._forwards_seen == range_.init_from_data:
@@ -185,11 +186,11 @@ class RangeStartup(RangeShift):
     def _mend_counter(self) -> None:
         """Set the counters of an average to the end where the trace says so, if something else has changed them."""
         counter, trace = self.input_range_update_idx, self._trace
-        if counter is None or trace is None or counter._version == self._counter_version or counter.is_meta:
+        if counter is None or trace is None or version_of(counter) == self._counter_version or counter.is_meta:
             return
         over = self.rpu_config.pre_post.input_range.init_from_data
         counter.masked_fill_((trace > LEAST_TRACE) & (counter < over), over)
-        self._counter_version = counter._version
+        self._counter_version = version_of(counter)
 
     def train(self, mode: bool = True) -> Self:
         """As torch's. (A compiled forward cannot mend an average.)"""
@@ -248,7 +249,7 @@ class RangeStartup(RangeShift):
         self.input_range.copy_(values)
         self._forwards_seen = max(self.rpu_config.pre_post.input_range.init_from_data, 0)
         self.input_range_update_idx.fill_(self._forwards_seen)
-        self._counter_version = self.input_range_update_idx._version
+        self._counter_version = version_of(self.input_range_update_idx)
         self._reset_residual()
         self._mark_the_end()
 

@@ -35,6 +35,7 @@ from triton_analog.nn.parts_clip import PartsClip, clip_parts
 from triton_analog.nn.programmed import refuse_chips
 from triton_analog.nn.settings import GAUSSIAN_CLIP, QUANTIZATION
 from triton_analog.nn.sharding import is_gathered
+from triton_analog.nn.versions import version_of
 from triton_analog.reference import num_slices, split_sizes
 
 STEPS_WITHOUT_CLIP = 100
@@ -95,6 +96,8 @@ class StoredWeight(AnalogLayerBase):
 
     def whole(self, *names: str, write: bool = False, of_first: bool = False) -> AbstractContextManager[None]:
         """While it lasts, the parameters of these ``names`` are whole tensors, whatever shards them (``parts.whole``)."""
+        if write and "weight" in names:
+            refuse_chips(self, "a change of the weight")
         return whole([slot for slot in self.parameter_slots() if slot[1] in names], write, of_first)
 
     @property
@@ -274,7 +277,7 @@ class StoredWeight(AnalogLayerBase):
         """
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return
-        version, steps = self.weight._version, STEPS.taken
+        version, steps = version_of(self.weight), STEPS.taken
         if (version, steps) == self._last_seen:
             return
         (last_version, last_steps), self._last_seen = self._last_seen, (version, steps)

@@ -19,6 +19,7 @@ from triton_analog.nn.before_step import STEPS
 from triton_analog.nn.frozen_noise import redraw_seeds, watch
 from triton_analog.nn.settings import keeps_noise
 from triton_analog.nn.sharding import is_gathered
+from triton_analog.nn.versions import version_of
 from triton_analog.ops._transforms import is_transforming
 from triton_analog.seeds import mix_rank_again, noise_rank
 
@@ -34,11 +35,11 @@ class _Snapshot:
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._seen = [(weakref.ref(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
+        self._seen = [(weakref.ref(tensor), version_of(tensor), tensor.data_ptr()) for tensor in tensors]
 
     def shows(self, tensors: list[Tensor]) -> bool:
         return len(tensors) == len(self._seen) and all(
-            seen() is tensor and version == tensor._version and address == tensor.data_ptr()
+            seen() is tensor and version == version_of(tensor) and address == tensor.data_ptr()
             for tensor, (seen, version, address) in zip(tensors, self._seen, strict=True)
         )
 

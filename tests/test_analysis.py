@@ -293,7 +293,7 @@ def test_a_layer_that_nobody_calls_is_named() -> None:
 
 
 def test_inputs_that_are_no_numbers_show() -> None:
-    with pytest.warns(UserWarning, match=r"1 analog layer\(s\) computed infinite numbers or NaN: 0; their shares"):
+    with pytest.warns(UserWarning, match=r"2 analog layer\(s\) computed infinite numbers or NaN: 0, 2; their shares"):
         found = quiet(linear(), [torch.full(FLAT, torch.nan)])
     assert math.isnan(found["0"].snr_db)
     assert json.loads(found.to_json())["layers"][0]["snr_db"] is None

@@ -143,7 +143,8 @@ class Chip(nn.Module):
         read_noise: ReadNoise,
     ) -> None:
         super().__init__()
-        self._noise_model, self._seed, self._time = noise_model, int(seed), None
+        self._noise_model, self._seed = noise_model, int(seed)
+        self._time: float | None = None
         self.model = model if is_sharded(model) else _copy(model).eval()
         self.training = False
         self._cells: list[_Cells] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -309,11 +310,18 @@ SHARED_LIMIT = {
 """Bytes a program may use."""
 
 
+def free_ports(count: int) -> list[int]:
+    """Of this machine, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
+
+
 def results_of_ranks(one_rank: Callable[..., None], ranks: int, *given: Any) -> dict[Any, Any]:
     """What ``ranks`` processes, each running ``one_rank(rank, port, *given, results)``, leave in ``results``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with torch.multiprocessing.get_context("spawn").Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(one_rank, (port, *given, results), nprocs=ranks)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import results_of_ranks
+from helpers import free_ports, results_of_ranks
 from torch import Tensor
 
 from triton_analog import launch
@@ -315,18 +315,26 @@ def test_a_graph_trains_as_python_does(folder: Path, tmp_path: Path) -> None:
 # ---- Several processes ----------------------------------------------------------------------------------------------------
 
 
-def one_rank(rank: int, port: int, folder: Path, results: Any) -> None:
+TRAININGS = [
+    (layout, *run)
+    for layout in ("ddp", "fsdp")
+    for run in ((f"{layout}-resumed", "--minutes 0"), (f"{layout}-resumed", ""), (layout, ""))
+]
+
+
+def one_rank(rank: int, port: int, folder: Path, ports: list[int], results: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ["MASTER_PORT"] = str(port)
-    for layout in ("ddp", "fsdp"):
-        for out, steps in ((f"{layout}-resumed", "--minutes 0"), (f"{layout}-resumed", ""), (layout, "")):
-            train(folder, folder / out, f"--steps 5 --layout {layout} {steps}")
+    for own, (layout, out, steps) in zip(ports, TRAININGS, strict=True):
+        os.environ["MASTER_PORT"] = str(
+            own
+        )  # its own: a rank that comes early would meet the ranks of the training before
+        train(folder, folder / out, f"--steps 5 --layout {layout} {steps}")
 
 
 def test_several_processes_train_whole_and_sharded_models_alike(folder: Path) -> None:
-    results_of_ranks(one_rank, RANKS, folder)
+    results_of_ranks(one_rank, RANKS, folder, free_ports(len(TRAININGS)))
     for layout in ("ddp", "fsdp"):
         assert result(folder / layout) == result(folder / f"{layout}-resumed")
     whole, sharded = weights(folder / "ddp"), weights(folder / "fsdp")

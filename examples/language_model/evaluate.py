@@ -164,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if time.monotonic() > stop:
             print("out of time; the same command goes on")
+            given.out.write_text(json.dumps(found, indent=1), "utf-8")
             break
         seen = {
             condition: perplexities(model, corpora, given.batch)

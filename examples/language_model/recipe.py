@@ -50,8 +50,9 @@ def optimizer_for(model: nn.Module, capturable: bool) -> Optimizer:
     if capturable:
         settings |= {"capturable": True, "lr": torch.zeros((), device=device)}
     groups = parameter_groups(model, weight_decay=0.01)
-    if hasattr(model, "analog_layers"):
-        return AnalogOptimizer(AdamW, model.analog_layers, groups, **settings)
+    unwrapped: Any = getattr(model, "module", model)  # DistributedDataParallel has no methods of the model
+    if hasattr(unwrapped, "analog_layers"):
+        return AnalogOptimizer(AdamW, unwrapped.analog_layers, groups, **settings)
     return AdamW(groups, **settings)
 
 

@@ -77,7 +77,7 @@ clean:  ## remove the environments and everything generated
 	touch $@
 
 # torch goes first and alone. A build of torch for CUDA brings the Triton that it needs, which then replaces the pinned
-# one; a build for the CPU brings none.
+# one; a build for the CPU brings none. Setuptools warns of every editable installation, at length.
 define install
 	@echo "Setting up $(1): downloads PyTorch, Triton and what the tests need, 0.3 GB for a CPU, 3 GB for CUDA, once; some minutes."
 	$(PYTHON) -m venv $(1)
@@ -85,7 +85,7 @@ define install
 	grep -v '^triton==' $(2) > $(1)/constraints.txt
 	$(1)/bin/pip install -q -c $(1)/constraints.txt torch
 	$(1)/bin/pip show torch | grep -q '^Requires:.*triton' || grep '^triton==' $(2) >> $(1)/constraints.txt
-	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[test,examples]'
+	PYTHONWARNINGS=ignore $(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[test,examples]'
 	$(1)/bin/python -c "import torch, triton, numpy; print('torch', torch.__version__, 'triton', triton.__version__, 'numpy', numpy.__version__)"
 	@touch $@
 endef

@@ -35,7 +35,6 @@ from triton_analog.nn.parts_clip import PartsClip, clip_parts
 from triton_analog.nn.programmed import refuse_chips
 from triton_analog.nn.settings import GAUSSIAN_CLIP, QUANTIZATION
 from triton_analog.nn.sharding import is_gathered
-from triton_analog.nn.versions import version_of
 from triton_analog.reference import num_slices, split_sizes
 
 STEPS_WITHOUT_CLIP = 100
@@ -277,7 +276,7 @@ class StoredWeight(AnalogLayerBase):
         """
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and self.weight.requires_grad):
             return
-        version, steps = version_of(self.weight), STEPS.taken
+        version, steps = self.weight._version, STEPS.taken
         if (version, steps) == self._last_seen:
             return
         (last_version, last_steps), self._last_seen = self._last_seen, (version, steps)

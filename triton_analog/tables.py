@@ -1,7 +1,9 @@
-"""Tables of text: with rich where that is installed, plainly where it is not."""
+"""How results are shown: as tables of text, with rich where that is installed, plainly where it is not; and as JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from io import StringIO
@@ -71,3 +73,16 @@ def _plainly(headings: tuple[str, ...], rows: list[tuple[str, ...]], legend: str
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
     shown = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
     return "\n".join([*shown, *filter(None, [legend])])
+
+
+def to_json(found: Any) -> str:
+    """``found`` as JSON; numbers that are not finite, which JSON does not know, are null."""
+    return json.dumps(_finite(found), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

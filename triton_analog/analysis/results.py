@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from triton_analog.hints import did_you_mean
-from triton_analog.tables import ShownAsTable
+from triton_analog.tables import ShownAsTable, to_json
 
 MOST_SLICES = 32
 """So many slices of a layer are shown in a table."""
@@ -122,7 +121,7 @@ class Analysis(ShownAsTable):
             | {"slices": [asdict(part) | _derived(part, "range_ratio") for part in layer.slices]}
             for layer in self.layers
         ]
-        return json.dumps(_finite({"batches": self.batches, "layers": layers}), indent=1)
+        return to_json({"batches": self.batches, "layers": layers})
 
     def rows(self, slices: bool = True) -> Iterator[tuple[str, ...]]:
         """The lines of the table: those of the layers, and below them those of their slices if there are several."""
@@ -187,11 +186,3 @@ def _derived(found: Any, *fields: str) -> dict[str, Any]:
 def _mean(shares: Iterable[tuple[float | None, int]]) -> float | None:
     known = [(share, weight) for share, weight in shares if share is not None]
     return sum(share * weight for share, weight in known) / sum(weight for _, weight in known) if known else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(below) for key, below in value.items()}
-    if isinstance(value, list):
-        return [_finite(below) for below in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

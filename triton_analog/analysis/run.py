@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ def analyze(
             stacklevel=2,
         )
     infinite = [
-        name for name, own in zip(counts, collected, strict=True) if name not in unseen and not isfinite(own[-2])
+        name for name, own in zip(counts, collected, strict=True) if name not in unseen and not math.isfinite(own[-2])
     ]
     if infinite:
         warnings.warn(

@@ -376,6 +376,9 @@ def _copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): _own(parameter) for parameter in model.parameters()}
     for _, layer in _layers(model):
         memo.update((id(one), one) for one in (layer._checked, layer._of_modes) if one is not None)
+        memo.update(
+            (id(one), one.clone()) for one in layer._buffers.values() if one is not None
+        )  # a deep copy takes longer
     for module in model.modules():  # a dozen in each, which are copied far more slowly than made
         memo.update(
             (id(hooks), OrderedDict()) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from triton_analog.inference.chip import Chip, ReadNoise, check_programmable, program
 from triton_analog.inference.compensation import Compensation
 from triton_analog.inference.noise_model import DAY, NoiseModel
+from triton_analog.tables import to_json
 
 HOUR, YEAR = 3600.0, 365 * DAY
 Metric = Callable[[Any], Any]
@@ -53,8 +53,7 @@ class Evaluation:
 
     def to_json(self) -> str:
         """Everything, with means and deviations, as JSON; null where a number is infinite or NaN, which JSON does not know."""
-        found = asdict(self) | {"means": self.means, "deviations": self.deviations}
-        return json.dumps(_as_json(found), indent=1, allow_nan=False)
+        return to_json(asdict(self) | {"means": self.means, "deviations": self.deviations})
 
     def __str__(self) -> str:
         """A table: mean and deviation over the chips after each time."""
@@ -93,14 +92,6 @@ def _deviation(values: tuple[float, ...]) -> float:
     if len(values) < 2:
         return 0.0
     return stdev(values) if all(map(isfinite, values)) else nan
-
-
-def _as_json(found: Any) -> Any:
-    if isinstance(found, float):
-        return found if isfinite(found) else None
-    if isinstance(found, (list, tuple)):
-        return [_as_json(one) for one in found]
-    return {name: _as_json(one) for name, one in found.items()} if isinstance(found, dict) else found
 
 
 def evaluate(
